@@ -1,0 +1,177 @@
+//! XAES-256-GCM (C2SP), split at the seam that makes it fast: one subkey per salt.
+//!
+//! ```text
+//! L  = AES-256(K, 0^128)       K1 = L << 1, xor 0x87 if the bit shifted out was 1
+//! Kx = AES-256(K, 00 01 'X' 00 || salt xor K1) || AES-256(K, 00 02 'X' 00 || salt xor K1)
+//! output = AES-256-GCM(Kx, nonce = counter, payload, AAD)
+//! ```
+//!
+//! A counter-based CMAC-AES-256 KDF (NIST SP 800-108r1) in front of AES-256-GCM (SP 800-38D).
+//! Called by `cipher` for envelopes and by `stored_key` for wrapped keys; the key cache keeps both
+//! types. Invariants: no nonce is chosen here; plaintext is given out only after its tag verified;
+//! key schedules are boxed, so that moving a handle leaves no copy behind, and wiped on drop.
+
+use std::fmt;
+
+use aes::Aes256Enc;
+use aes::cipher::{BlockCipherEncrypt, KeyInit, consts::U12};
+use aes_gcm::AesGcm;
+use aes_gcm::aead::AeadInOut;
+use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
+
+use crate::envelope::{COUNTER_LEN, HEADER_LEN, SALT_LEN, TAG_LEN};
+
+/// AES-256-GCM over the encrypting half of AES: counter mode needs no other, and the inverse key
+/// schedule would be a good part of the cost of a subkey.
+type Gcm = AesGcm<Aes256Enc, U12>;
+
+/// Associated data up to this length is put together on the stack: 242 bytes of context, more than
+/// a qualified column name and a key value take.
+const STACK_AAD: usize = 256;
+
+/// Bytes of u32be(length of the context).
+const CONTEXT_LEN_LEN: usize = 4;
+
+/// The tag does not verify: wrong key, wrong context or altered bytes. One error that says no more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct OpenError;
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("authentication failed")
+    }
+}
+
+impl std::error::Error for OpenError {}
+
+/// A 256-bit key made ready for XAES: its AES-256 key schedule and K1.
+pub struct XaesKey(Box<Expanded>);
+
+struct Expanded {
+    aes: Aes256Enc,
+    k1: Zeroizing<u128>,
+}
+
+impl XaesKey {
+    /// Expands `key`; done once per key and kept.
+    pub fn new(key: &[u8; 32]) -> Self {
+        let aes = Aes256Enc::new(key.into());
+        let mut l = Zeroizing::new([0; 16]);
+        aes.encrypt_block((&mut *l).into());
+        let l = Zeroizing::new(u128::from_be_bytes(*l));
+        let k1 = Zeroizing::new((*l << 1) ^ ((*l >> 127) * 0x87));
+        XaesKey(Box::new(Expanded { aes, k1 }))
+    }
+
+    /// Derives the subkey of `salt`: two AES blocks and one AES-256-GCM key set-up.
+    pub fn subkey(&self, salt: &[u8; SALT_LEN]) -> Subkey {
+        let mut kx = Zeroizing::new([0; 32]);
+        let (first, second) = kx.split_at_mut(16);
+        for (half, number) in [(first, 1), (second, 2)] {
+            let mut m = [0; 16];
+            m[..4].copy_from_slice(&[0, number, b'X', 0]);
+            m[4..].copy_from_slice(salt);
+            half.copy_from_slice(&(u128::from_be_bytes(m) ^ *self.0.k1).to_be_bytes());
+        }
+        for half in kx.as_chunks_mut::<16>().0 {
+            self.0.aes.encrypt_block(half.into());
+        }
+        Subkey(Box::new(Gcm::new((&*kx).into())))
+    }
+}
+
+impl ZeroizeOnDrop for XaesKey {}
+
+/// The AES-256-GCM key of one (key, salt) pair. Seals and opens in place.
+pub struct Subkey(Box<Gcm>);
+
+impl Subkey {
+    /// Encrypts `buf` in place and returns the tag. AAD = header, and if `context` is not empty
+    /// `|| u32be(length) || context`: the header's context bit must say the same. The caller never
+    /// uses a counter twice under one subkey: see [`crate::cipher::SealState`].
+    #[inline]
+    pub fn seal_in_place(
+        &self,
+        counter: &[u8; COUNTER_LEN],
+        header: &[u8; HEADER_LEN],
+        context: &[u8],
+        buf: &mut [u8],
+    ) -> [u8; TAG_LEN] {
+        with_aad(header, context, |aad| self.seal_with_aad(counter, aad, buf))
+    }
+
+    /// Decrypts `buf` in place if `tag` verifies over it, the header and the context. On an error
+    /// `buf` is all zeros: nothing of an unauthenticated payload is ever left to be used.
+    #[inline]
+    pub fn open_in_place(
+        &self,
+        counter: &[u8; COUNTER_LEN],
+        header: &[u8; HEADER_LEN],
+        context: &[u8],
+        buf: &mut [u8],
+        tag: &[u8; TAG_LEN],
+    ) -> Result<(), OpenError> {
+        with_aad(header, context, |aad| {
+            self.open_with_aad(counter, aad, buf, tag)
+        })
+    }
+
+    /// [`Subkey::seal_in_place`] over associated data as given.
+    #[inline]
+    pub(crate) fn seal_with_aad(
+        &self,
+        counter: &[u8; COUNTER_LEN],
+        aad: &[u8],
+        buf: &mut [u8],
+    ) -> [u8; TAG_LEN] {
+        self.0
+            .encrypt_inout_detached(counter.into(), aad, buf.into())
+            .expect("a PostgreSQL value, at most 1 GB, is below the 64 GiB limit of AES-GCM")
+            .into()
+    }
+
+    /// [`Subkey::open_in_place`] over associated data as given.
+    #[inline]
+    pub(crate) fn open_with_aad(
+        &self,
+        counter: &[u8; COUNTER_LEN],
+        aad: &[u8],
+        buf: &mut [u8],
+        tag: &[u8; TAG_LEN],
+    ) -> Result<(), OpenError> {
+        let opened =
+            self.0
+                .decrypt_inout_detached(counter.into(), aad, (&mut *buf).into(), tag.into());
+        opened.map_err(|_| {
+            buf.zeroize();
+            OpenError
+        })
+    }
+}
+
+impl ZeroizeOnDrop for Subkey {}
+
+/// Calls `f` with the associated data of an envelope. Without a context that is the header itself.
+#[inline]
+fn with_aad<T>(header: &[u8; HEADER_LEN], context: &[u8], f: impl FnOnce(&[u8]) -> T) -> T {
+    if context.is_empty() {
+        return f(header);
+    }
+    let len = u32::try_from(context.len()).expect("a context is a PostgreSQL text, at most 1 GB");
+    let (len_at, context_at) = (HEADER_LEN, HEADER_LEN + CONTEXT_LEN_LEN);
+    let end = context_at + context.len();
+    let write = |aad: &mut [u8]| {
+        aad[..len_at].copy_from_slice(header);
+        aad[len_at..context_at].copy_from_slice(&len.to_be_bytes());
+        aad[context_at..].copy_from_slice(context);
+    };
+    if end <= STACK_AAD {
+        let mut aad = [0; STACK_AAD];
+        write(&mut aad[..end]);
+        f(&aad[..end])
+    } else {
+        let mut aad = vec![0; end];
+        write(&mut aad);
+        f(&aad)
+    }
+}

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# setup.sh [MAJOR]: install what building and testing need, after saying what that is.
+# Called by every Makefile target that builds; silent and quick when nothing is missing.
+# Packages are installed by root directly and by anyone else through sudo. No system-wide
+# cluster is created or started: ours are throwaway ones (cluster.sh). cargo-pgrx goes below
+# REKEY_WORK, so that another version in the user's ~/.cargo stays.
+set -euo pipefail
+# shellcheck source=scripts/env.sh
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+major=${1:-$REKEY_PG}
+wanted_pgrx=$(pgrx_version)
+[ -n "$wanted_pgrx" ] || die "Cargo.toml does not pin pgrx as \"=X.Y.Z\""
+
+is_installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
+
+missing_packages() {
+    local package
+    local -a packages=(libclang-dev clang pkg-config)
+    local source_var=PG_CONFIG_$major
+    [ -n "${!source_var:-}" ] || packages+=("postgresql-$major" "postgresql-server-dev-$major")
+    command -v cc >/dev/null || packages+=(gcc libc6-dev)
+    command -v make >/dev/null || packages+=(make)
+    # cargo pgrx test changes to the postgres user through sudo.
+    ! is_root || packages+=(sudo)
+    for package in "${packages[@]}"; do
+        is_installed "$package" || printf '%s\n' "$package"
+    done
+}
+
+has_right_pgrx() { [ "$(cargo pgrx --version 2>/dev/null)" = "cargo-pgrx $wanted_pgrx" ]; }
+
+install_packages() { # PACKAGE...
+    local -a root=()
+    local no_cluster=/etc/postgresql-common/createcluster.d/pg_rekey.conf
+    command -v apt-get >/dev/null ||
+        die "this system has no apt-get; install the equivalents of: $*"
+    if ! is_root; then
+        command -v sudo >/dev/null ||
+            die "missing packages: $*. Ask root to install them, or to give you sudo"
+        root=(sudo)
+    fi
+    say "These Debian packages are missing and will be installed now${root[0]:+ (through sudo)}:"
+    say "    $*"
+    # Debian's postgresql-N makes a cluster `main` and starts it, unless told otherwise. Told
+    # for this installation only.
+    "${root[@]}" mkdir -p "$(dirname "$no_cluster")"
+    echo "create_main_cluster = false" | "${root[@]}" tee "$no_cluster" >/dev/null
+    # shellcheck disable=SC2064
+    trap "${root[*]} rm -f '$no_cluster'" EXIT
+    "${root[@]}" apt-get update -q
+    "${root[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -q -y --no-install-recommends "$@"
+    "${root[@]}" rm -f "$no_cluster"
+    trap - EXIT
+}
+
+install_pgrx() {
+    say "cargo-pgrx $wanted_pgrx is missing and will be built now into $REKEY_WORK/cargo"
+    say "    (3-4 minutes on two cores, once)"
+    cargo install cargo-pgrx --version "=$wanted_pgrx" --locked --root "$REKEY_WORK/cargo"
+    hash -r
+    has_right_pgrx || die "cargo-pgrx $wanted_pgrx was installed and is not found"
+}
+
+make_work
+if [ -f /etc/debian_version ] || command -v apt-get >/dev/null; then
+    mapfile -t missing < <(missing_packages)
+    [ ${#missing[@]} -eq 0 ] || install_packages "${missing[@]}"
+fi
+command -v cargo >/dev/null || die "cargo is missing: install Rust (https://rustup.rs)"
+has_right_pgrx || install_pgrx

@@ -1,0 +1,61 @@
+# pg_rekey: the entry points. Every target works for root and for an ordinary user, installs
+# what is missing after saying so (scripts/setup.sh), and keeps to target/ and REKEY_WORK
+# (default /var/tmp/pg_rekey-USER); only `make install` writes into a system's PostgreSQL.
+
+PG_CONFIG ?= pg_config
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+# The stages share one target/ folder and one private PostgreSQL.
+.NOTPARALLEL:
+
+.PHONY: help demo bench test lint test-core test-pg test-regress test-cluster test-readme fuzz \
+	build setup install clean
+
+help: ## list the targets (this text)
+	@echo "pg_rekey: envelope-key rotation for PostgreSQL columns"
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | \
+		while IFS=$$'\t' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
+
+demo: setup ## rotate keys under load on a throwaway cluster, and prove that nothing is lost
+	@scripts/demo.sh
+
+test: ## set up what is missing, then run every test
+	@scripts/test.sh
+
+bench: setup ## compare speed with pgcrypto and sha256, against the targets
+	@scripts/bench.sh
+
+install: setup ## install into the PostgreSQL of PG_CONFIG (default: pg_config of the PATH)
+	@scripts/install.sh "$(PG_CONFIG)"
+
+lint: ## formatting, clippy and shellcheck
+	@scripts/test.sh fmt clippy shell
+
+test-core: ## the pure core, with all vectors; needs no server
+	@scripts/test.sh core vectors
+
+test-pg: ## tests inside the server (#[pg_test])
+	@scripts/test.sh pg
+
+test-regress: ## pg_regress: what users see
+	@scripts/test.sh regress
+
+test-cluster: ## sessions, commits, workers, crashes and standbys over throwaway clusters
+	@scripts/test.sh cluster
+
+test-readme: ## run the README's examples
+	@scripts/test.sh readme
+
+fuzz: ## fuzz the parsers (FUZZ_SECONDS, default 30)
+	@scripts/test.sh fuzz
+
+build: setup ## debug build into a private PostgreSQL tree
+	@scripts/build.sh debug
+
+setup: ## install what is missing
+	@scripts/setup.sh
+
+clean: ## stop left-over throwaway clusters; remove target/ and the private trees
+	@scripts/clean.sh

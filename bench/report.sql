@@ -1,0 +1,113 @@
+-- The report out of bench.sample and bench.fact: tables of medians, then the targets.
+-- "net" is the time above the floor: what a method costs beyond detoasting, allocating, copying.
+
+CREATE VIEW bench.median AS
+SELECT part, label, method,
+       (percentile_cont(0.5) WITHIN GROUP (ORDER BY micros))::numeric AS micros
+FROM bench.sample JOIN bench.case USING (seq)
+GROUP BY part, label, method;
+
+CREATE VIEW bench.net AS
+SELECT s.bytes, v.label, v.method, m.seals, v.micros, v.micros - f.micros AS net
+FROM bench.median AS v
+JOIN bench.method AS m ON m.name = v.method
+JOIN bench.size AS s USING (label)
+JOIN bench.median AS f ON f.part = 'values' AND f.label = v.label AND f.method = 'floor: ' || m.floor
+WHERE v.part = 'values';
+
+CREATE FUNCTION bench.net_of(bytes integer, method text) RETURNS numeric LANGUAGE sql AS
+    'SELECT net FROM bench.net AS n WHERE n.bytes = $1 AND n.method = $2';
+CREATE FUNCTION bench.micros_of(bytes integer, method text) RETURNS numeric LANGUAGE sql AS
+    'SELECT micros FROM bench.net AS n WHERE n.bytes = $1 AND n.method = $2';
+CREATE FUNCTION bench.keys_net(which text, verb text) RETURNS numeric LANGUAGE sql AS $$
+    SELECT (SELECT micros FROM bench.median WHERE part = 'keys' AND label = which AND method = verb)
+         - (SELECT micros FROM bench.median WHERE part = 'keys' AND label = which AND method = 'floor: ' || verb)
+$$;
+
+\pset footer off
+\echo
+\echo 'Microseconds per value, medians; the ratios are net of the floor (higher is better for us:'
+\echo 'how many times our time the method takes; for our own rows the peer is pgcrypto aes-cbc).'
+SELECT n.label AS size,
+       n.method,
+       round(n.micros, 3) AS "us/value",
+       round(n.net, 3) AS net,
+       CASE WHEN n.seals THEN round(n.net / bench.net_of(n.bytes, 'encrypt_col'), 1)
+            WHEN NOT n.seals THEN round(n.net / bench.net_of(n.bytes, 'decrypt_col_as, sealed in bulk'), 1)
+       END AS "net : ours",
+       CASE WHEN n.seals THEN round(bench.net_of(n.bytes, 'pgcrypto encrypt aes-cbc') / n.net, 1)
+            WHEN NOT n.seals THEN round(bench.net_of(n.bytes, 'pgcrypto decrypt aes-cbc') / n.net, 1)
+       END AS "pgcrypto cbc : net"
+FROM bench.net AS n
+JOIN bench.method AS m ON m.name = n.method
+ORDER BY n.bytes, n.seals NULLS FIRST, n.method LIKE '%crypt_col%', n.method COLLATE "C";
+
+\echo 'The floors: scan, detoast, allocate, copy (c || '''').'
+SELECT label AS size, round(max(micros) FILTER (WHERE method = 'floor: plain'), 3) AS "of values",
+       round(max(micros) FILTER (WHERE method = 'floor: bulk'), 3) AS "of envelopes"
+FROM bench.median JOIN bench.size USING (label) WHERE part = 'values'
+GROUP BY bytes, label ORDER BY bytes;
+
+\echo 'Other types, microseconds per value with the scan.'
+SELECT label AS type,
+       round(max(micros) FILTER (WHERE method = 'encrypt_col'), 3) AS "encrypt_col",
+       round(max(micros) FILTER (WHERE method = 'decrypt_col'), 3) AS "decrypt_col (text form)",
+       round(max(micros) FILTER (WHERE method = 'decrypt_col_as'), 3) AS "decrypt_col_as (the type)",
+       round(max(micros) FILTER (WHERE method = 'text form and back'), 3) AS "value::text::type alone"
+FROM bench.median WHERE part = 'types' GROUP BY label ORDER BY label;
+
+\echo '64 B values under 1,000 random keys out of 100,000, beside one key; net of the floor.'
+SELECT verb, round(bench.keys_net('one', verb), 3) AS "one key",
+       round(bench.keys_net('many', verb), 3) AS "1,000 keys",
+       round(bench.keys_net('many', verb) / bench.keys_net('one', verb), 2) AS times
+FROM unnest(ARRAY['encrypt_col', 'decrypt_col_as']) AS verb;
+
+\echo 'Other figures.'
+SELECT name, round(value, 2) AS value FROM bench.fact ORDER BY name;
+
+CREATE TABLE bench.target AS
+WITH t (target, measured, wanted, at_least) AS (
+    SELECT format('%s: encrypt_col net, times as fast as pgcrypto encrypt', label),
+           bench.net_of(bytes, 'pgcrypto encrypt aes-cbc') / bench.net_of(bytes, 'encrypt_col'), 4, true
+    FROM bench.size WHERE bytes <= 64
+    UNION ALL
+    SELECT format('%s: decrypt_col_as net, times as fast as pgcrypto decrypt', label),
+           bench.net_of(bytes, 'pgcrypto decrypt aes-cbc') / bench.net_of(bytes, 'decrypt_col_as, sealed in bulk'), 4, true
+    FROM bench.size WHERE bytes <= 64
+    UNION ALL
+    SELECT format('%s: encrypt_col net, times as fast as sha256', label),
+           bench.net_of(bytes, 'built-in sha256(c)') / bench.net_of(bytes, 'encrypt_col'), 1, true
+    FROM bench.size WHERE bytes <= 64
+    UNION ALL
+    SELECT format('%s: decrypt_col_as net, times as fast as sha256', label),
+           bench.net_of(bytes, 'built-in sha256(c)') / bench.net_of(bytes, 'decrypt_col_as, sealed in bulk'), 1, true
+    FROM bench.size WHERE bytes <= 64
+    UNION ALL
+    SELECT format('%s: sealed one by one, net, times as fast as pgcrypto decrypt', label),
+           bench.net_of(bytes, 'pgcrypto decrypt aes-cbc') / bench.net_of(bytes, 'decrypt_col_as, sealed one by one'), 2.5, true
+    FROM bench.size WHERE bytes <= 64
+    UNION ALL
+    SELECT '64 KiB: encrypt_col, times as fast as pgcrypto encrypt',
+           bench.micros_of(65536, 'pgcrypto encrypt aes-cbc') / bench.micros_of(65536, 'encrypt_col'), 2, true
+    UNION ALL
+    SELECT '64 KiB: time of decrypt_col_as in times of pgcrypto decrypt',
+           bench.micros_of(65536, 'decrypt_col_as, sealed in bulk') / bench.micros_of(65536, 'pgcrypto decrypt aes-cbc'), 1.3, false
+    UNION ALL
+    SELECT format('1,000 of 100,000 keys: %s net, in times of one key', verb),
+           bench.keys_net('many', verb) / bench.keys_net('one', verb), 2, false
+    FROM unnest(ARRAY['encrypt_col', 'decrypt_col_as']) AS verb
+    UNION ALL
+    SELECT 'first open of a fresh session (ms)', value, 2, false
+    FROM bench.fact WHERE name = 'first open of a fresh session (ms)'
+    UNION ALL
+    SELECT 'memory gained from the first round to the last (MiB)',
+           (SELECT value FROM bench.fact WHERE name = 'memory after round ' || :rounds)
+           / 1024.0 - (SELECT value FROM bench.fact WHERE name = 'memory after round 1') / 1024.0, 8, false
+)
+SELECT target, round(measured, 2) AS measured,
+       CASE WHEN at_least THEN 'at least ' ELSE 'at most ' END || wanted AS wanted,
+       CASE WHEN at_least = (measured >= wanted) OR measured = wanted THEN 'PASS' ELSE 'SHORT' END AS verdict
+FROM t;
+
+\echo 'Targets.'
+TABLE bench.target;

@@ -175,3 +175,143 @@ fn with_aad<T>(header: &[u8; HEADER_LEN], context: &[u8], f: impl FnOnce(&[u8]) 
         f(&aad)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use sha3::Shake128;
+    use sha3::digest::{ExtendableOutput, Update, XofReader};
+
+    use super::*;
+    use crate::envelope::NONCE_LEN;
+
+    fn seal(key: &[u8; 32], nonce: &[u8; NONCE_LEN], aad: &[u8], payload: &[u8]) -> Vec<u8> {
+        let (salt, counter) = nonce.split_first_chunk::<SALT_LEN>().expect("24 bytes");
+        let counter = counter.try_into().expect("12 bytes");
+        let mut sealed = payload.to_vec();
+        let tag = XaesKey::new(key)
+            .subkey(salt)
+            .seal_with_aad(counter, aad, &mut sealed);
+        sealed.extend_from_slice(&tag);
+        sealed
+    }
+
+    fn hex(bytes: &[u8]) -> String {
+        let mut text = String::new();
+        crate::hex::push(&mut text, bytes);
+        text
+    }
+
+    #[test]
+    fn c2sp_static_vectors() {
+        let nonce = b"ABCDEFGHIJKLMNOPQRSTUVWX";
+        let sealed = seal(&[1; 32], nonce, b"", b"XAES-256-GCM");
+        assert_eq!(
+            hex(&sealed),
+            "ce546ef63c9cc60765923609b33a9a1974e96e52daf2fcf7075e2271"
+        );
+        let sealed = seal(&[3; 32], nonce, b"c2sp.org/XAES-256-GCM", b"XAES-256-GCM");
+        assert_eq!(
+            hex(&sealed),
+            "986ec1832593df5443a179437fd083bf3fdb41abd740a21f71eb769d"
+        );
+    }
+
+    /// Both ways to K1: the static vectors are chosen so that L begins with a 0 and with a 1.
+    #[test]
+    fn the_static_vectors_reach_both_ways_to_k1() {
+        let top_bit = |key: &[u8; 32]| {
+            let mut l = [0; 16];
+            Aes256Enc::new(key.into()).encrypt_block((&mut l).into());
+            l[0] >> 7
+        };
+        assert_eq!([top_bit(&[1; 32]), top_bit(&[3; 32])], [0, 1]);
+    }
+
+    #[test]
+    fn c2sp_accumulated_vectors() {
+        let mut digest = Shake128::default();
+        let mut generator = Shake128::default().finalize_xof();
+        accumulate(10_000, &mut generator, &mut digest);
+        assert_eq!(
+            accumulated(&digest),
+            "e6b9edf2df6cec60c8cbd864e2211b597fb69a529160cd040d56c0c210081939"
+        );
+        if cfg!(debug_assertions) {
+            return; // the rest takes a minute without optimisation
+        }
+        accumulate(990_000, &mut generator, &mut digest);
+        assert_eq!(
+            accumulated(&digest),
+            "2163ae1445985a30b60585ee67daa55674df06901b890593e824b8a7c885ab15"
+        );
+    }
+
+    fn accumulate(iterations: u32, generator: &mut impl XofReader, digest: &mut Shake128) {
+        let (mut key, mut nonce) = ([0; 32], [0; NONCE_LEN]);
+        for _ in 0..iterations {
+            generator.read(&mut key);
+            generator.read(&mut nonce);
+            let payload = read_text(generator);
+            let aad = read_text(generator);
+            digest.update(&seal(&key, &nonce, &aad, &payload));
+        }
+    }
+
+    fn read_text(generator: &mut impl XofReader) -> Vec<u8> {
+        let mut len = [0];
+        generator.read(&mut len);
+        let mut text = vec![0; usize::from(len[0])];
+        generator.read(&mut text);
+        text
+    }
+
+    fn accumulated(digest: &Shake128) -> String {
+        let mut output = [0; 32];
+        digest.clone().finalize_xof().read(&mut output);
+        hex(&output)
+    }
+
+    /// The stack and the heap build the same associated data on both sides of their border, and
+    /// both are what the format says.
+    #[test]
+    fn associated_data_of_every_length_around_the_stack_buffer() {
+        let header = [7; HEADER_LEN];
+        assert!(
+            with_aad(&header, b"", |aad| aad == header),
+            "no context: the header alone"
+        );
+        for len in (1..=3).chain(STACK_AAD - 20..=STACK_AAD + 20) {
+            let context = vec![b'c'; len];
+            let mut expected = header.to_vec();
+            expected.extend_from_slice(&u32::try_from(len).expect("small").to_be_bytes());
+            expected.extend_from_slice(&context);
+            assert!(
+                with_aad(&header, &context, |aad| aad == expected),
+                "context of {len} bytes"
+            );
+        }
+    }
+
+    #[test]
+    fn a_failed_open_leaves_zeros() {
+        let subkey = XaesKey::new(&[5; 32]).subkey(&[6; SALT_LEN]);
+        let mut buf = b"secret payload".to_vec();
+        let (counter, header) = ([7; COUNTER_LEN], [8; HEADER_LEN]);
+        let mut tag = subkey.seal_in_place(&counter, &header, b"", &mut buf);
+        tag[0] ^= 1;
+        assert_eq!(
+            subkey.open_in_place(&counter, &header, b"", &mut buf, &tag),
+            Err(OpenError)
+        );
+        assert!(buf.iter().all(|&byte| byte == 0), "{buf:?}");
+    }
+
+    /// What a wipe on drop rests on: the crates wipe their key schedules (their `zeroize` feature).
+    #[test]
+    fn key_schedules_wipe_themselves() {
+        fn wiped<T: ZeroizeOnDrop>() {}
+        wiped::<Aes256Enc>();
+        wiped::<Gcm>();
+        wiped::<Zeroizing<u128>>();
+    }
+}

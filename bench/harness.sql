@@ -77,9 +77,9 @@ SELECT 'keys', which, 'floor: ' || verb,
 FROM (VALUES ('one', ''), ('many', 's')) AS w (which, plural),
      (VALUES ('encrypt_col', ''), ('decrypt_col_as', '_sealed')) AS v (verb, suffix);
 
--- The backend's own memory in KiB, the shared buffers that it touched not counted.
-CREATE FUNCTION bench.private_memory() RETURNS integer LANGUAGE sql AS $$
-    SELECT substring(pg_read_file('/proc/self/status') FROM 'RssAnon:\s+(\d+) kB')::integer
+-- The backend's own memory in MiB, the shared buffers that it touched not counted.
+CREATE FUNCTION bench.private_memory() RETURNS numeric LANGUAGE sql AS $$
+    SELECT substring(pg_read_file('/proc/self/status') FROM 'RssAnon:\s+(\d+) kB')::numeric / 1024
 $$;
 
 CREATE PROCEDURE bench.measure(rounds integer) LANGUAGE plpgsql AS $$
@@ -103,10 +103,43 @@ BEGIN
             END IF;
             COMMIT;
         END LOOP;
-        IF r IN (1, rounds) THEN
-            INSERT INTO bench.fact VALUES ('memory after round ' || r, bench.private_memory());
+        IF r = 0 THEN
+            INSERT INTO bench.fact VALUES ('memory after the first round (MiB)', bench.private_memory());
+        ELSIF r = rounds THEN
+            INSERT INTO bench.fact VALUES ('memory after the last round (MiB)', bench.private_memory());
         END IF;
         RAISE NOTICE 'round % of %', r, rounds;
+    END LOOP;
+END
+$$;
+
+-- Storing: 100,000 values of 64 B in one INSERT ... SELECT, with its WAL, in rows per second.
+CREATE PROCEDURE bench.measure_inserts(rounds integer) LANGUAGE plpgsql AS $$
+DECLARE
+    m record;
+    begin_at timestamptz;
+    samples float8[];
+BEGIN
+    CREATE TABLE bench.stored (id bigint, c bytea);
+    FOR m IN SELECT * FROM (VALUES
+            ('plain', 'c'), ('encrypt_col', 'encrypt_col(c, ''bench'')'),
+            ('pgcrypto encrypt aes-cbc', format('encrypt(c, %L, ''aes'')', '\x' || repeat('5a', 32))))
+            AS t (name, expression) LOOP
+        samples := '{}';
+        FOR r IN 1 .. rounds LOOP
+            TRUNCATE bench.stored;
+            COMMIT;
+            begin_at := clock_timestamp();
+            EXECUTE 'INSERT INTO bench.stored SELECT row_number() OVER (), ' || m.expression
+                    || ' FROM bench.plain64';
+            COMMIT;
+            samples := samples || (100000 / extract(epoch FROM clock_timestamp() - begin_at))::float8;
+        END LOOP;
+        INSERT INTO bench.fact
+        SELECT 'rows stored per second, 64 B, ' || m.name,
+               (percentile_cont(0.5) WITHIN GROUP (ORDER BY s))::numeric
+        FROM unnest(samples) AS s;
+        COMMIT;
     END LOOP;
 END
 $$;

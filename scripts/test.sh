@@ -47,7 +47,7 @@ stage_shell() {
 
 stage_core() { cargo test -p rekey-core; }
 
-stage_vectors() { cargo test -p rekey-core --release -- --include-ignored; }
+stage_vectors() { cargo test -p rekey-core --release --lib; }
 
 stage_fuzz() { cargo run -p rekey-fuzz --release -- --seconds "${FUZZ_SECONDS:-30}"; }
 

@@ -237,7 +237,7 @@ mod tests {
             "e6b9edf2df6cec60c8cbd864e2211b597fb69a529160cd040d56c0c210081939"
         );
         if cfg!(debug_assertions) {
-            return; // the rest takes a minute without optimisation
+            return; // the rest takes minutes without optimisation
         }
         accumulate(990_000, &mut generator, &mut digest);
         assert_eq!(

@@ -32,6 +32,7 @@ has_right_pgrx() { [ "$(cargo pgrx --version 2>/dev/null)" = "cargo-pgrx $wanted
 
 install_packages() { # PACKAGE...
     local -a root=()
+    # Folder and file go again when the script ends.
     local no_cluster=/etc/postgresql-common/createcluster.d/pg_rekey.conf
     command -v apt-get >/dev/null ||
         die "this system has no apt-get; install the equivalents of: $*"
@@ -42,17 +43,15 @@ install_packages() { # PACKAGE...
     fi
     say "These Debian packages are missing and will be installed now${root[0]:+ (through sudo)}:"
     say "    $*"
-    # Debian's postgresql-N makes a cluster `main` and starts it, unless told otherwise. Told
-    # for this installation only.
+    # Debian's postgresql-N makes a cluster `main` and starts it, unless told otherwise. That is
+    # told for this installation only.
     "${root[@]}" mkdir -p "$(dirname "$no_cluster")"
     echo "create_main_cluster = false" | "${root[@]}" tee "$no_cluster" >/dev/null
     # shellcheck disable=SC2064
-    trap "${root[*]} rm -f '$no_cluster'" EXIT
+    trap "${root[*]} rm -f '$no_cluster'; ${root[*]} rmdir '$(dirname "$no_cluster")' 2>/dev/null || :" EXIT
     "${root[@]}" apt-get update -q
     "${root[@]}" env DEBIAN_FRONTEND=noninteractive \
         apt-get install -q -y --no-install-recommends "$@"
-    "${root[@]}" rm -f "$no_cluster"
-    trap - EXIT
 }
 
 install_pgrx() {

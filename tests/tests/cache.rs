@@ -9,7 +9,7 @@ use std::thread;
 
 use postgres::Client;
 use rekey_tests::bytes::{NONCE, unhex};
-use rekey_tests::{Ask, Cluster, Database, Options, wait_until};
+use rekey_tests::{Ask, Cluster, Database, Options, long_runs, wait_until};
 
 fn cluster() -> &'static Cluster {
     static CLUSTER: OnceLock<Cluster> = OnceLock::new();
@@ -437,4 +437,22 @@ fn values_of_one_transaction_share_a_salt_and_count_on() {
     assert_ne!(own[0][..12], own[1][..12]);
     let opened = client.text("SELECT decrypt_col(encrypt_col('own', 'pii'))");
     assert_eq!(opened, "own");
+}
+
+#[test]
+fn one_transaction_seals_under_a_hundred_thousand_keys() {
+    if !long_runs() {
+        return;
+    }
+    let database = cluster().database("very_many");
+    let mut client = database.connect();
+    client.run("SELECT rekey.create_key('k' || i) FROM generate_series(1, 100000) i");
+    client.run(
+        "BEGIN; CREATE TABLE t AS SELECT i, encrypt_col(i::text, 'k' || i) AS c
+             FROM generate_series(1, 100000) i; COMMIT",
+    );
+    assert_eq!(
+        client.number("SELECT count(*) FROM t WHERE decrypt_col(c) <> i::text"),
+        0
+    );
 }

@@ -98,7 +98,7 @@ const TYPED_VALUES: [(&str, &str); 32] = [
     ("12345678901234567890.000100", "numeric"),
     ("'NaN'::numeric", "numeric"),
     ("0.1::float8 + 0.2::float8", "float8"),
-    ("1.1::float4 * 3", "float4"),
+    ("(1.1::float4 * 3)::float4", "float4"),
     ("'-Infinity'::float8", "float8"),
     ("'{\"a\": [1, 2.50, null], \"b\": \"ü\"}'::jsonb", "jsonb"),
     (

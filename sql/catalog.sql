@@ -1,0 +1,192 @@
+-- The protected catalog: every table of the extension, its indexes, its dump marks.
+-- Only src/catalog/ reads and writes these tables. No row is inserted here: all but
+-- barrier, progress_state and quarantine travel in dumps.
+
+CREATE SCHEMA rekey;
+COMMENT ON SCHEMA rekey IS 'pg_rekey: keys, slots, grants and the functions that administer them';
+GRANT USAGE ON SCHEMA rekey TO PUBLIC;
+
+CREATE TABLE rekey.key (
+    key_name        text COLLATE "C" PRIMARY KEY,
+    purpose         text NOT NULL DEFAULT 'seal' CHECK (purpose IN ('seal', 'lookup')),
+    grace           interval NOT NULL DEFAULT '30 days' CHECK (grace >= '0'::interval),
+    max_age         interval NOT NULL DEFAULT '0' CHECK (max_age >= '0'::interval),
+    after_drain     text NOT NULL DEFAULT 'keep' CHECK (after_drain IN ('keep', 'disable', 'destroy')),
+    require_context boolean NOT NULL DEFAULT false,
+    custodian       text NOT NULL DEFAULT '',
+    comment         text NOT NULL DEFAULT '',
+    created_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
+    shredded_at     timestamptz
+);
+COMMENT ON TABLE rekey.key IS 'Named keys and their rotation policy. Change them with rekey.create_key, set_policy and drop_key';
+COMMENT ON COLUMN rekey.key.key_name IS 'Name that users write, for example pii; case-sensitive';
+COMMENT ON COLUMN rekey.key.purpose IS 'seal: encrypts values; lookup: makes fingerprints';
+COMMENT ON COLUMN rekey.key.grace IS 'How long a superseded slot stays, at least, after a rotation';
+COMMENT ON COLUMN rekey.key.max_age IS 'Longest life of an active slot before it is rotated; 0 is never by age';
+COMMENT ON COLUMN rekey.key.after_drain IS 'What happens to a slot that is proved unused and past its grace: keep, disable or destroy';
+COMMENT ON COLUMN rekey.key.require_context IS 'Refuse to seal without a context';
+COMMENT ON COLUMN rekey.key.custodian IS 'Person or team answerable for the key, for the auditor';
+COMMENT ON COLUMN rekey.key.comment IS 'Free text';
+COMMENT ON COLUMN rekey.key.created_at IS 'When the key was created';
+COMMENT ON COLUMN rekey.key.shredded_at IS 'When all slots were shredded; the name is closed until drop_key';
+
+CREATE TABLE rekey.key_slot (
+    slot_id        bigint PRIMARY KEY CHECK (slot_id > 0),
+    key_name       text COLLATE "C" NOT NULL,
+    version        integer NOT NULL CHECK (version > 0),
+    state          text NOT NULL
+                   CHECK (state IN ('pending', 'active', 'previous', 'drained', 'disabled', 'destroyed')),
+    check_value    bytea NOT NULL CHECK (octet_length(check_value) = 32),
+    created_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    activated_at   timestamptz,
+    superseded_at  timestamptz,
+    drained_at     timestamptz,
+    disabled_at    timestamptz,
+    destroyed_at   timestamptz,
+    compromised_at timestamptz,
+    reason         text NOT NULL DEFAULT '',
+    proof          jsonb
+);
+CREATE UNIQUE INDEX key_slot_version ON rekey.key_slot (key_name, version);
+CREATE UNIQUE INDEX key_slot_active ON rekey.key_slot (key_name) WHERE state = 'active';
+CREATE UNIQUE INDEX key_slot_pending ON rekey.key_slot (key_name) WHERE state = 'pending';
+COMMENT ON INDEX rekey.key_slot_version IS 'Versions of a key are numbered once, tombstones included';
+COMMENT ON INDEX rekey.key_slot_active IS 'At most one active slot per key, in every snapshot';
+COMMENT ON INDEX rekey.key_slot_pending IS 'At most one staged slot per key';
+COMMENT ON TABLE rekey.key_slot IS 'Versions of the keys: one data-encryption key each. Destroyed slots stay as tombstones, so that no id is ever used twice';
+COMMENT ON COLUMN rekey.key_slot.slot_id IS 'Random id in 1 .. 2^63-1, written into the header of every envelope';
+COMMENT ON COLUMN rekey.key_slot.key_name IS 'Key of this slot; no foreign key, tombstones outlive their key';
+COMMENT ON COLUMN rekey.key_slot.version IS 'Number of the slot within its key, from 1';
+COMMENT ON COLUMN rekey.key_slot.state IS 'pending, active, previous, drained, disabled or destroyed';
+COMMENT ON COLUMN rekey.key_slot.check_value IS 'HMAC-SHA-256 under the slot''s key: proves that an unwrapped key is the right one';
+COMMENT ON COLUMN rekey.key_slot.created_at IS 'When the slot was made';
+COMMENT ON COLUMN rekey.key_slot.activated_at IS 'When it last became active';
+COMMENT ON COLUMN rekey.key_slot.superseded_at IS 'When a rotation took its place; grace counts from here';
+COMMENT ON COLUMN rekey.key_slot.drained_at IS 'When it was proved unused';
+COMMENT ON COLUMN rekey.key_slot.disabled_at IS 'When it was disabled';
+COMMENT ON COLUMN rekey.key_slot.destroyed_at IS 'When its wrapped keys were deleted';
+COMMENT ON COLUMN rekey.key_slot.compromised_at IS 'When it was reported compromised';
+COMMENT ON COLUMN rekey.key_slot.reason IS 'Why it was made, or why it ended';
+COMMENT ON COLUMN rekey.key_slot.proof IS 'Evidence of the drain: time, LSN, horizon, tables, rows';
+
+CREATE TABLE rekey.slot_wrap (
+    slot_id     bigint NOT NULL CHECK (slot_id > 0),
+    root_id     bytea NOT NULL CHECK (octet_length(root_id) = 16),
+    wrapped_key bytea NOT NULL CHECK (octet_length(wrapped_key) = 73),
+    PRIMARY KEY (slot_id, root_id)
+);
+COMMENT ON TABLE rekey.slot_wrap IS 'Data-encryption keys, wrapped under root keys that live outside the database';
+COMMENT ON COLUMN rekey.slot_wrap.slot_id IS 'Slot whose key is wrapped';
+COMMENT ON COLUMN rekey.slot_wrap.root_id IS 'Root key that wraps it';
+COMMENT ON COLUMN rekey.slot_wrap.wrapped_key IS 'format 01, nonce, ciphertext, tag: XAES-256-GCM, bound to root id, slot id and key name';
+
+CREATE TABLE rekey.root_key (
+    root_id    bytea PRIMARY KEY CHECK (octet_length(root_id) = 16),
+    root_check bytea NOT NULL CHECK (octet_length(root_check) = 32),
+    state      text NOT NULL CHECK (state IN ('active', 'previous', 'compromised', 'retired')),
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    retired_at timestamptz
+);
+CREATE UNIQUE INDEX root_key_active ON rekey.root_key (state) WHERE state = 'active';
+COMMENT ON INDEX rekey.root_key_active IS 'At most one active root key';
+COMMENT ON TABLE rekey.root_key IS 'Root keys by id and check value; no key material';
+COMMENT ON COLUMN rekey.root_key.root_id IS 'HMAC-SHA-256 of the root key, 16 bytes';
+COMMENT ON COLUMN rekey.root_key.root_check IS 'A second HMAC of the root key: tells a wrong keyring from a right one';
+COMMENT ON COLUMN rekey.root_key.state IS 'active, previous, compromised or retired';
+COMMENT ON COLUMN rekey.root_key.created_at IS 'When this database adopted it';
+COMMENT ON COLUMN rekey.root_key.retired_at IS 'When its wraps were deleted here';
+
+CREATE TABLE rekey.key_grant (
+    key_name   text COLLATE "C" NOT NULL,
+    grantee    regrole NOT NULL,
+    privilege  text NOT NULL CHECK (privilege IN ('owner', 'manage', 'rotate', 'encrypt', 'decrypt')),
+    granted_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (key_name, grantee, privilege)
+);
+COMMENT ON TABLE rekey.key_grant IS 'Privileges on keys. Change them with rekey.grant_key and revoke_key';
+COMMENT ON COLUMN rekey.key_grant.key_name IS 'Key';
+COMMENT ON COLUMN rekey.key_grant.grantee IS 'Role; 0 is everyone';
+COMMENT ON COLUMN rekey.key_grant.privilege IS 'owner, manage, rotate, encrypt or decrypt';
+COMMENT ON COLUMN rekey.key_grant.granted_at IS 'When it was granted';
+
+CREATE TABLE rekey.registered_column (
+    table_name  regclass NOT NULL,
+    column_name name NOT NULL,
+    context     text NOT NULL DEFAULT '',
+    options     jsonb NOT NULL DEFAULT '{}',
+    PRIMARY KEY (table_name, column_name)
+);
+COMMENT ON TABLE rekey.registered_column IS 'Columns that hold envelopes and that the worker re-encrypts';
+COMMENT ON COLUMN rekey.registered_column.table_name IS 'Table';
+COMMENT ON COLUMN rekey.registered_column.column_name IS 'Column of type bytea';
+COMMENT ON COLUMN rekey.registered_column.context IS 'Expression over the row that gives the bound context; empty for none';
+COMMENT ON COLUMN rekey.registered_column.options IS 'Options of this column';
+
+CREATE TABLE rekey.progress_state (
+    table_name regclass PRIMARY KEY,
+    state      jsonb NOT NULL
+);
+COMMENT ON TABLE rekey.progress_state IS 'Where re-encryption of a table stands; not dumped';
+COMMENT ON COLUMN rekey.progress_state.table_name IS 'Table';
+COMMENT ON COLUMN rekey.progress_state.state IS 'Cursor and counts';
+
+CREATE TABLE rekey.quarantine (
+    quarantine_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    table_name    regclass NOT NULL,
+    row_ref       text NOT NULL,
+    sqlstate      text NOT NULL,
+    tries         integer NOT NULL DEFAULT 1,
+    next_try      timestamptz
+);
+COMMENT ON TABLE rekey.quarantine IS 'Rows that could not be re-encrypted, never their values; not dumped';
+COMMENT ON COLUMN rekey.quarantine.quarantine_id IS 'Number of the entry';
+COMMENT ON COLUMN rekey.quarantine.table_name IS 'Table';
+COMMENT ON COLUMN rekey.quarantine.row_ref IS 'Primary key or ctid of the row';
+COMMENT ON COLUMN rekey.quarantine.sqlstate IS 'Error of the last try';
+COMMENT ON COLUMN rekey.quarantine.tries IS 'Number of tries';
+COMMENT ON COLUMN rekey.quarantine.next_try IS 'When it is tried again';
+
+CREATE SEQUENCE rekey.audit_id AS bigint;
+COMMENT ON SEQUENCE rekey.audit_id IS 'Numbers of the audit rows';
+CREATE TABLE rekey.audit_log (
+    audit_id     bigint PRIMARY KEY DEFAULT pg_catalog.nextval('rekey.audit_id'::regclass),
+    at           timestamptz NOT NULL DEFAULT clock_timestamp(),
+    action       text NOT NULL,
+    key_name     text COLLATE "C",
+    slot_id      bigint,
+    from_state   text,
+    to_state     text,
+    actor        text NOT NULL,
+    session_role text NOT NULL DEFAULT session_user,
+    detail       text NOT NULL DEFAULT '',
+    xid          xid8 NOT NULL DEFAULT pg_catalog.pg_current_xact_id()
+);
+ALTER SEQUENCE rekey.audit_id OWNED BY rekey.audit_log.audit_id;
+COMMENT ON TABLE rekey.audit_log IS 'One row per transition, written in the transaction that made it';
+COMMENT ON COLUMN rekey.audit_log.audit_id IS 'Number of the row';
+COMMENT ON COLUMN rekey.audit_log.at IS 'When';
+COMMENT ON COLUMN rekey.audit_log.action IS 'Function that acted';
+COMMENT ON COLUMN rekey.audit_log.key_name IS 'Key concerned';
+COMMENT ON COLUMN rekey.audit_log.slot_id IS 'Slot concerned';
+COMMENT ON COLUMN rekey.audit_log.from_state IS 'State before';
+COMMENT ON COLUMN rekey.audit_log.to_state IS 'State after';
+COMMENT ON COLUMN rekey.audit_log.actor IS 'Role whose privilege was used';
+COMMENT ON COLUMN rekey.audit_log.session_role IS 'Role that logged in';
+COMMENT ON COLUMN rekey.audit_log.detail IS 'Reason, or what was granted or changed';
+COMMENT ON COLUMN rekey.audit_log.xid IS 'Transaction';
+
+CREATE TABLE rekey.barrier (nothing boolean PRIMARY KEY CHECK (false));
+COMMENT ON TABLE rekey.barrier IS 'Always empty: transactions that seal hold a lock on it, so that a rotation can wait for them';
+COMMENT ON COLUMN rekey.barrier.nothing IS 'No row can exist';
+
+-- Dumps: a dropped table or role would dump as a bare number and break the restore.
+SELECT pg_catalog.pg_extension_config_dump('rekey.key', '');
+SELECT pg_catalog.pg_extension_config_dump('rekey.key_slot', '');
+SELECT pg_catalog.pg_extension_config_dump('rekey.slot_wrap', '');
+SELECT pg_catalog.pg_extension_config_dump('rekey.root_key', '');
+SELECT pg_catalog.pg_extension_config_dump('rekey.key_grant',
+    'WHERE grantee = 0 OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = grantee)');
+SELECT pg_catalog.pg_extension_config_dump('rekey.registered_column',
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = table_name)');
+SELECT pg_catalog.pg_extension_config_dump('rekey.audit_log', '');
+SELECT pg_catalog.pg_extension_config_dump('rekey.audit_id', '');

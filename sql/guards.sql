@@ -1,0 +1,72 @@
+-- Triggers that keep the catalog whole: who may change it, who hears of a change, and
+-- what stands in the way of dropping it.
+
+CREATE FUNCTION rekey.refuse_direct_change() RETURNS trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'refuse_direct_change_wrapper';
+COMMENT ON FUNCTION rekey.refuse_direct_change() IS
+    'Trigger: keys, slots and the audit log change through the functions of rekey only';
+CREATE FUNCTION rekey.announce_change() RETURNS trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'announce_change_wrapper';
+COMMENT ON FUNCTION rekey.announce_change() IS
+    'Trigger: tells every session, standbys included, to read the catalog again';
+CREATE FUNCTION rekey.guard_drop() RETURNS event_trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'guard_drop_wrapper';
+COMMENT ON FUNCTION rekey.guard_drop() IS
+    'Event trigger: loads the library before a DROP, so that it can refuse to lose keys';
+
+-- ORIGIN, not ALWAYS: a logical apply worker must pass. INSERT stays open for restores.
+CREATE TRIGGER refuse_direct_change BEFORE UPDATE OR DELETE OR TRUNCATE ON rekey.key
+    FOR EACH STATEMENT EXECUTE FUNCTION rekey.refuse_direct_change();
+CREATE TRIGGER refuse_direct_change BEFORE UPDATE OR DELETE OR TRUNCATE ON rekey.key_slot
+    FOR EACH STATEMENT EXECUTE FUNCTION rekey.refuse_direct_change();
+CREATE TRIGGER refuse_direct_change BEFORE UPDATE OR DELETE OR TRUNCATE ON rekey.slot_wrap
+    FOR EACH STATEMENT EXECUTE FUNCTION rekey.refuse_direct_change();
+CREATE TRIGGER refuse_direct_change BEFORE UPDATE OR DELETE OR TRUNCATE ON rekey.root_key
+    FOR EACH STATEMENT EXECUTE FUNCTION rekey.refuse_direct_change();
+CREATE TRIGGER refuse_direct_change BEFORE UPDATE OR DELETE OR TRUNCATE ON rekey.audit_log
+    FOR EACH STATEMENT EXECUTE FUNCTION rekey.refuse_direct_change();
+COMMENT ON TRIGGER refuse_direct_change ON rekey.key IS 'Changes go through the functions of rekey';
+COMMENT ON TRIGGER refuse_direct_change ON rekey.key_slot IS 'Changes go through the functions of rekey';
+COMMENT ON TRIGGER refuse_direct_change ON rekey.slot_wrap IS 'Changes go through the functions of rekey';
+COMMENT ON TRIGGER refuse_direct_change ON rekey.root_key IS 'Changes go through the functions of rekey';
+COMMENT ON TRIGGER refuse_direct_change ON rekey.audit_log IS 'The audit log only grows';
+
+-- ALWAYS: restores with replication role and logical apply must be heard too.
+CREATE TRIGGER announce_change AFTER INSERT OR UPDATE OR DELETE ON rekey.key
+    FOR EACH ROW EXECUTE FUNCTION rekey.announce_change();
+CREATE TRIGGER announce_truncate AFTER TRUNCATE ON rekey.key
+    FOR EACH STATEMENT EXECUTE FUNCTION rekey.announce_change();
+CREATE TRIGGER announce_change AFTER INSERT OR UPDATE OR DELETE ON rekey.key_slot
+    FOR EACH ROW EXECUTE FUNCTION rekey.announce_change();
+CREATE TRIGGER announce_truncate AFTER TRUNCATE ON rekey.key_slot
+    FOR EACH STATEMENT EXECUTE FUNCTION rekey.announce_change();
+CREATE TRIGGER announce_change AFTER INSERT OR UPDATE OR DELETE ON rekey.slot_wrap
+    FOR EACH ROW EXECUTE FUNCTION rekey.announce_change();
+CREATE TRIGGER announce_truncate AFTER TRUNCATE ON rekey.slot_wrap
+    FOR EACH STATEMENT EXECUTE FUNCTION rekey.announce_change();
+CREATE TRIGGER announce_change AFTER INSERT OR UPDATE OR DELETE ON rekey.key_grant
+    FOR EACH ROW EXECUTE FUNCTION rekey.announce_change();
+CREATE TRIGGER announce_truncate AFTER TRUNCATE ON rekey.key_grant
+    FOR EACH STATEMENT EXECUTE FUNCTION rekey.announce_change();
+ALTER TABLE rekey.key ENABLE ALWAYS TRIGGER announce_change, ENABLE ALWAYS TRIGGER announce_truncate;
+ALTER TABLE rekey.key_slot ENABLE ALWAYS TRIGGER announce_change, ENABLE ALWAYS TRIGGER announce_truncate;
+ALTER TABLE rekey.slot_wrap ENABLE ALWAYS TRIGGER announce_change, ENABLE ALWAYS TRIGGER announce_truncate;
+ALTER TABLE rekey.key_grant ENABLE ALWAYS TRIGGER announce_change, ENABLE ALWAYS TRIGGER announce_truncate;
+COMMENT ON TRIGGER announce_change ON rekey.key IS 'Sessions re-read the catalog';
+COMMENT ON TRIGGER announce_truncate ON rekey.key IS 'Sessions re-read the catalog';
+COMMENT ON TRIGGER announce_change ON rekey.key_slot IS 'Sessions re-read the catalog';
+COMMENT ON TRIGGER announce_truncate ON rekey.key_slot IS 'Sessions re-read the catalog';
+COMMENT ON TRIGGER announce_change ON rekey.slot_wrap IS 'Sessions re-read the catalog';
+COMMENT ON TRIGGER announce_truncate ON rekey.slot_wrap IS 'Sessions re-read the catalog';
+COMMENT ON TRIGGER announce_change ON rekey.key_grant IS 'Sessions re-read the catalog';
+COMMENT ON TRIGGER announce_truncate ON rekey.key_grant IS 'Sessions re-read the catalog';
+
+CREATE EVENT TRIGGER pg_rekey_guard_drop ON ddl_command_start
+    WHEN TAG IN ('DROP EXTENSION', 'DROP SCHEMA', 'DROP OWNED')
+    EXECUTE FUNCTION rekey.guard_drop();
+ALTER EVENT TRIGGER pg_rekey_guard_drop ENABLE ALWAYS;
+COMMENT ON EVENT TRIGGER pg_rekey_guard_drop IS
+    'pg_rekey does not go while a slot can still open something (rekey.allow_drop overrides)';
+
+REVOKE ALL ON FUNCTION rekey.refuse_direct_change(), rekey.announce_change(), rekey.guard_drop()
+    FROM PUBLIC;

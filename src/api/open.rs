@@ -1,0 +1,90 @@
+//! decrypt_col, decrypt_col_as and can_open: an envelope into its value.
+
+use std::borrow::Cow;
+
+use pgrx::pg_sys::FunctionCallInfo;
+use pgrx::prelude::*;
+use rekey_core::envelope::{Envelope, Kind, split_typed};
+
+use crate::cache;
+use crate::error::{Error, Result};
+use crate::ffi::call::{Call, Reply, reply};
+use crate::ffi::hooks;
+use crate::ffi::text::{self, Varlena};
+use crate::typed::{Target, hex};
+
+#[pg_extern(sql = false)]
+fn decrypt_col(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let Some(bytes) = call.bytes(0) else { return Ok(Reply::null()) };
+        hooks::keep_statement_out_of_log();
+        open_as_text(bytes, call.bytes(1)).map(Reply::datum)
+    })
+}
+
+#[pg_extern(sql = false)]
+fn decrypt_col_as(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let Some(bytes) = call.bytes(0) else { return Ok(Reply::null()) };
+        hooks::keep_statement_out_of_log();
+        open_as_type(&call, bytes)
+    })
+}
+
+#[pg_extern(sql = false)]
+fn can_open(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let Some(bytes) = call.bytes(0) else { return Ok(Reply::null()) };
+        Ok(Reply::bool(open_as_text(bytes, call.bytes(1)).is_ok()))
+    })
+}
+
+fn open_as_text(bytes: &[u8], context: Option<&[u8]>) -> Result<pg_sys::Datum> {
+    let context = utf8_context(context)?;
+    let envelope = Envelope::parse(bytes)?;
+    // A text value is decrypted where the caller will read it.
+    let mut value = open(&envelope, &context)?;
+    match envelope.header.kind {
+        Kind::Text if text::server_is_utf8() => Ok(value.finish()),
+        Kind::Text => text::bytes_datum(&text::to_server(value.data())?),
+        Kind::Bytea => text::bytes_datum(&hex(value.data())),
+        Kind::Typed => {
+            let (_, form) = split_typed(value.data())?;
+            text::bytes_datum(&text::to_server(form)?)
+        }
+    }
+}
+
+fn open_as_type(call: &Call, bytes: &[u8]) -> Result<Reply> {
+    let context = utf8_context(call.bytes(2))?;
+    let target = match call.remembered::<Target>() {
+        Some(known) => known,
+        None => call.remember(Target::of(call.arg_type(1))?),
+    };
+    let envelope = Envelope::parse(bytes)?;
+    let mut value = open(&envelope, &context)?;
+    let kind = envelope.header.kind;
+    if kind == Kind::Bytea && target.is_bytea()
+        || kind == Kind::Text && target.is_text() && text::server_is_utf8()
+    {
+        return Ok(Reply::datum(value.finish()));
+    }
+    target.value(call, kind, value.data()).map(Reply::datum)
+}
+
+#[inline]
+fn utf8_context(context: Option<&[u8]>) -> Result<Cow<'_, [u8]>> {
+    text::to_utf8(context.ok_or(Error::NullArgument("context"))?)
+}
+
+/// Opens the envelope into a varlena of its own. The payload stays there.
+#[inline]
+fn open(envelope: &Envelope<'_>, context: &[u8]) -> Result<Varlena> {
+    let mut value = Varlena::allocate(envelope.ciphertext.len())?;
+    value.data().copy_from_slice(envelope.ciphertext);
+    let header = envelope.header_bytes;
+    cache::open(envelope, context, |subkey| {
+        subkey.open_in_place(envelope.counter, header, context, value.data(), envelope.tag)
+    })?;
+    Ok(value)
+}

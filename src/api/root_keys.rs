@@ -1,0 +1,80 @@
+//! Root keys: init_root_key, reload_root_keys, ready, holds_root_key.
+
+use pgrx::pg_sys::FunctionCallInfo;
+use pgrx::prelude::*;
+use rekey_core::cipher::RootId;
+
+use crate::catalog::read;
+use crate::catalog::write::{self, Audit};
+use crate::error::{Error, Result};
+use crate::ffi::call::{Reply, reply};
+use crate::ffi::session;
+use crate::{guc, root_key};
+
+fn root_id(text: &str) -> Result<RootId> {
+    RootId::parse(text).ok_or_else(|| {
+        Error::Argument(
+            format!("\"{text}\" is not a root id"),
+            "A root id has 32 lower-case hexadecimal digits.".to_string(),
+            "SELECT root_id FROM rekey.root_keys shows those of this database.".to_string(),
+        )
+    })
+}
+
+#[pg_extern(sql = false)]
+fn init_root_key(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let wanted = call.required_text(0, "root_id")?;
+        let wanted = if wanted.is_empty() { None } else { Some(root_id(&wanted)?) };
+        if let Some(root) = read::root_keys()?.into_iter().find(|root| root.state == "active") {
+            return Err(Error::State(
+                "this database has an active root key already".to_string(),
+                format!("It is {}.", root.id),
+                "Root keys are replaced by a rotation, never by a second init.".to_string(),
+            ));
+        }
+        let path = guc::root_key_file().ok_or_else(root_key::not_configured)?;
+        let id = root_key::create_or_read(&path, wanted)?;
+        root_key::reload()?;
+        let check = root_key::with_any(&[id], |_, key| key.check())?;
+        write::insert_root_key(id, &check)?;
+        let detail = id.to_string();
+        Audit { action: "init_root_key", key: None, slot: None, from: None, to: None, detail: &detail }
+            .record()?;
+        pgrx::notice!(
+            "copy \"{}\" to every standby and to escrow: without it the data is lost",
+            path.display()
+        );
+        Reply::text(&id.to_string())
+    })
+}
+
+#[pg_extern(sql = false)]
+fn reload_root_keys(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |_| {
+        Ok(Reply::i32(i32::try_from(root_key::reload()?).unwrap_or(i32::MAX)))
+    })
+}
+
+#[pg_extern(sql = false)]
+fn ready(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |_| {
+        let roots = read::root_keys()?;
+        let Some(active) = roots.iter().find(|root| root.state == "active") else {
+            return Ok(Reply::bool(false));
+        };
+        let check = root_key::with_any(&[active.id], |_, key| key.check());
+        Ok(Reply::bool(check.is_ok_and(|check| check[..] == active.check[..])))
+    })
+}
+
+#[pg_extern(sql = false)]
+fn holds_root_key(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        if !super::grants::monitors(session::current_user()) {
+            return Ok(Reply::null());
+        }
+        let id = root_id(&call.required_text(0, "root_id")?)?;
+        Ok(Reply::bool(root_key::holds(id)))
+    })
+}

@@ -1,0 +1,112 @@
+//! Single slots: disable_slot, enable_slot, destroy_slot.
+
+use pgrx::pg_sys::FunctionCallInfo;
+use pgrx::prelude::*;
+use rekey_core::keyring::{Privilege, SlotState};
+
+use super::grants::require;
+use crate::catalog::read::SlotRow;
+use crate::catalog::write;
+use crate::error::{Error, Result};
+use crate::ffi::call::{Call, Reply, reply};
+use crate::ffi::session;
+use crate::lifecycle;
+
+/// The slot of the first argument, which the caller may manage, its key locked.
+fn managed_slot(call: &Call) -> Result<SlotRow> {
+    let id = call.required_i64(0, "slot_id")?;
+    require(&lifecycle::slot(id)?.key_name, Privilege::Manage)?;
+    lifecycle::lock_slot(id)
+}
+
+/// Force is for superusers: it can lose data.
+fn forced(call: &Call) -> Result<bool> {
+    let force = call.required_bool(1, "force")?;
+    if force && !session::is_superuser(session::current_user()) {
+        return Err(Error::Privilege(
+            "force is for superusers".to_string(),
+            "Without force the slot must be proved unused first.".to_string(),
+        ));
+    }
+    Ok(force)
+}
+
+fn repeated(slot: &SlotRow) -> Error {
+    Error::State(
+        format!("slot {} is already {}", slot.id, slot.state),
+        format!("It is version {} of key \"{}\".", slot.version, slot.key_name),
+        "Nothing is left to do.".to_string(),
+    )
+}
+
+fn in_service(slot: &SlotRow) -> Error {
+    Error::State(
+        format!("slot {} is {}", slot.id, slot.state),
+        format!("Values are, or will be, sealed under it for key \"{}\".", slot.key_name),
+        "Rotate first (rotate_key); to end the key itself use rekey.shred_key.".to_string(),
+    )
+}
+
+fn not_proved(slot: &SlotRow) -> Error {
+    Error::State(
+        format!("slot {} is not drained", slot.id),
+        format!(
+            "It is {}: there is no proof that nothing is sealed under it any more.",
+            slot.state
+        ),
+        "Re-encrypt the values first; a superuser may pass force => true and lose what is left."
+            .to_string(),
+    )
+}
+
+#[pg_extern(sql = false)]
+fn disable_slot(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let force = forced(&call)?;
+        let slot = managed_slot(&call)?;
+        match slot.state {
+            SlotState::Pending | SlotState::Active => return Err(in_service(&slot)),
+            SlotState::Disabled | SlotState::Destroyed => return Err(repeated(&slot)),
+            SlotState::Previous | SlotState::Drained if !force => return Err(not_proved(&slot)),
+            SlotState::Previous | SlotState::Drained => {}
+        }
+        write::transition(&slot, SlotState::Disabled, "disable_slot", "forced")?;
+        Ok(Reply::void())
+    })
+}
+
+#[pg_extern(sql = false)]
+fn enable_slot(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let slot = managed_slot(&call)?;
+        if slot.state != SlotState::Disabled {
+            return Err(Error::State(
+                format!("slot {} is not disabled", slot.id),
+                format!("It is {}.", slot.state),
+                "Only a disabled slot is enabled.".to_string(),
+            ));
+        }
+        let to = if slot.proved { SlotState::Drained } else { SlotState::Previous };
+        lifecycle::unwrap(&slot)?;
+        write::transition(&slot, to, "enable_slot", "")?;
+        Ok(Reply::void())
+    })
+}
+
+#[pg_extern(sql = false)]
+fn destroy_slot(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let force = forced(&call)?;
+        let slot = managed_slot(&call)?;
+        match slot.state {
+            SlotState::Active => return Err(in_service(&slot)),
+            SlotState::Destroyed => return Err(repeated(&slot)),
+            SlotState::Pending => {}
+            _ if !force => return Err(not_proved(&slot)),
+            _ => {}
+        }
+        let reason = if force { "forced" } else { "" };
+        write::transition(&slot, SlotState::Destroyed, "destroy_slot", reason)?;
+        Ok(Reply::void())
+    })
+}

@@ -1,0 +1,39 @@
+//! The trigger functions of the catalog: refuse_direct_change, announce_change, guard_drop.
+//! They decide nothing themselves: see src/catalog/guard.rs.
+
+use pgrx::pg_sys::FunctionCallInfo;
+use pgrx::prelude::*;
+
+use crate::catalog::guard;
+use crate::error::Error;
+use crate::ffi::call::{Reply, reply};
+use crate::ffi::hooks;
+use crate::ffi::trigger::TriggerCall;
+
+#[pg_extern(sql = false)]
+fn refuse_direct_change(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let trigger = TriggerCall::of(&call).ok_or_else(not_a_trigger)?;
+        guard::before_change(&trigger.table_name())?;
+        Ok(trigger.proceed())
+    })
+}
+
+#[pg_extern(sql = false)]
+fn announce_change(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let trigger = TriggerCall::of(&call).ok_or_else(not_a_trigger)?;
+        hooks::announce(trigger.table());
+        Ok(trigger.proceed())
+    })
+}
+
+/// Being called has loaded the library: from here on its object access hook guards the drop.
+#[pg_extern(sql = false)]
+fn guard_drop(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |_| Ok(Reply::void()))
+}
+
+fn not_a_trigger() -> Error {
+    Error::Internal("called outside a trigger".to_string())
+}

@@ -1,0 +1,425 @@
+//! The key cache of a session: slots, subkeys and privileges, ready for the next value.
+//!
+//! Called once per value by the verbs. Per backend and database, bounded by
+//! rekey.key_cache_slots, least recently used out first, wiped on eviction and at exit. Filled on
+//! a miss from the catalog snapshot. An invalidation only raises a generation number; an entry
+//! of another generation is read again before use, so that a change of state, grant or active
+//! slot is seen from the next transaction on, while the cipher stays (one id names one DEK for
+//! ever) unless the slot no longer opens. An entry is stamped with the generation that was
+//! current *before* its rows were read: one that changed meanwhile is stale at once.
+//!
+//! Sealing state belongs to (process, top-level transaction, slot) and is never used in another.
+
+use std::cell::{Cell, RefCell};
+use std::num::NonZeroUsize;
+
+use lru::LruCache;
+use pgrx::pg_sys::Oid;
+use rekey_core::cipher::{OpenError, SealState, Subkey, XaesKey};
+use rekey_core::envelope::{Envelope, Header, Kind, SALT_LEN, SlotId};
+use rekey_core::keyring::{Privilege, Privileges, SlotState};
+
+use crate::catalog::{self, read};
+use crate::error::{self, Error, Result};
+use crate::ffi::{hooks, session, types};
+use crate::{guc, lifecycle, root_key};
+
+/// What the session knows of a key by name (as in the server's encoding).
+struct KeyEntry {
+    generation: u64,
+    user: Oid,
+    may_encrypt: bool,
+    require_context: bool,
+    seals: bool,
+    active: Option<SlotId>,
+}
+
+/// What the session knows of a slot.
+struct SlotEntry {
+    generation: u64,
+    user: Oid,
+    may_decrypt: bool,
+    state: SlotState,
+    cipher: Option<XaesKey>,
+    sealing: Option<Sealing>,
+}
+
+struct Sealing {
+    epoch: u64,
+    process: i32,
+    state: SealState,
+}
+
+type SubkeyName = (SlotId, [u8; SALT_LEN]);
+
+struct Cache {
+    process: i32,
+    keys: LruCache<Box<[u8]>, KeyEntry>,
+    slots: LruCache<SlotId, SlotEntry>,
+    subkeys: Subkeys,
+}
+
+thread_local! {
+    static CACHE: RefCell<Option<Cache>> = const { RefCell::new(None) };
+    static WIPED_AT_EXIT_OF: Cell<i32> = const { Cell::new(0) };
+    static BARRIER_HELD: Cell<(i32, u32)> = const { Cell::new((0, 0)) };
+}
+
+/// Everything that sealing one value needs, with its place in the nonce sequence taken.
+pub struct Sealer<'a> {
+    /// The envelope's header.
+    pub header: Header,
+    /// First half of the nonce.
+    pub salt: [u8; SALT_LEN],
+    /// Second half, already advanced past.
+    pub counter: [u8; 12],
+    /// The key under the salt.
+    pub subkey: &'a Subkey,
+}
+
+/// Seals one payload of `len` bytes under the active slot of the key `name` (server encoding).
+///
+/// Errors in this order: 42704, 42501, 55000, 22023, F0000. `seal` must not raise.
+#[inline]
+pub fn seal<R>(
+    name: &[u8],
+    kind: Kind,
+    context_bound: bool,
+    len: usize,
+    seal: impl FnOnce(Sealer<'_>) -> R,
+) -> Result<R> {
+    enter_barrier()?;
+    let slot = sealing_slot(name, context_bound)?;
+    let header = Header { slot, kind, context_bound };
+    with_cache(|cache| {
+        let entry = cache.sealable(slot)?;
+        let epoch = hooks::sealing_epoch();
+        let process = session::process();
+        let usable = !guc::salt_per_value()
+            && entry.sealing.as_ref().is_some_and(|s| {
+                s.epoch == epoch && s.process == process && s.state.fits(len)
+            });
+        if !usable {
+            let cipher = entry.cipher.as_ref().ok_or_else(no_cipher)?;
+            let state = SealState::new(cipher)?;
+            entry.sealing = Some(Sealing { epoch, process, state });
+        }
+        let state = &mut entry.sealing.as_mut().ok_or_else(no_cipher)?.state;
+        let counter = state.next(len);
+        let sealer = Sealer { header, salt: *state.salt(), counter, subkey: state.subkey() };
+        Ok(seal(sealer))
+    })
+}
+
+/// Opens one parsed envelope with the slot that its header names.
+///
+/// Errors in this order: 42704, 42501, 55000, 22023, F0000, 39000. `open` must not raise; it gets
+/// the key under the envelope's salt.
+#[inline]
+pub fn open<R>(
+    envelope: &Envelope<'_>,
+    context: &[u8],
+    open: impl FnOnce(&Subkey) -> std::result::Result<R, OpenError>,
+) -> Result<R> {
+    let slot = envelope.header.slot;
+    let user = session::current_user();
+    let generation = hooks::generation();
+    let fresh = with_cache(|cache| {
+        Ok(cache.slots.get(&slot).is_some_and(|entry| {
+            entry.generation == generation
+                && entry.user == user
+                && entry.may_decrypt
+                && entry.state.opens()
+                && entry.cipher.is_some()
+        }))
+    })?;
+    if !fresh || envelope.header.context_bound == context.is_empty() {
+        prepare_open(slot, user, envelope.header.context_bound, context)?;
+    }
+    with_cache(|cache| {
+        let Cache { slots, subkeys, .. } = cache;
+        let entry = slots.peek(&slot).ok_or_else(no_cipher)?;
+        let cipher = entry.cipher.as_ref().ok_or_else(no_cipher)?;
+        subkeys.open_with(cipher, (slot, *envelope.salt), open).map_err(error::authentication(slot))
+    })
+}
+
+/// The slow half of an open: reads what is missing or stale and finds the error, if any.
+#[cold]
+fn prepare_open(slot: SlotId, user: Oid, bound: bool, context: &[u8]) -> Result<()> {
+    let row = refresh_slot(slot, user, Privilege::Decrypt)?;
+    if !row.privileges.implies(Privilege::Decrypt) {
+        return Err(lacks(user, &row.slot.key_name, Privilege::Decrypt));
+    }
+    if !row.slot.state.opens() {
+        let when = row.slot.closed_at.map_or_else(String::new, types::timestamp_text);
+        return Err(Error::SlotClosed(slot, row.slot.state, when));
+    }
+    match (bound, context.is_empty()) {
+        (true, true) => return Err(Error::ContextMissing(slot)),
+        (false, false) => {
+            let names_key = read::key(context)?.is_some();
+            return Err(Error::ContextUnexpected(slot, names_key));
+        }
+        _ => {}
+    }
+    ensure_cipher(&row.slot)
+}
+
+/// The active slot of a key that the current user may seal under.
+#[inline]
+fn sealing_slot(name: &[u8], context_bound: bool) -> Result<SlotId> {
+    let user = session::current_user();
+    let generation = hooks::generation();
+    let known = with_cache(|cache| {
+        let Some(entry) = cache.keys.get(name) else { return Ok(None) };
+        let usable = entry.generation == generation
+            && entry.user == user
+            && entry.may_encrypt
+            && entry.seals
+            && (context_bound || !entry.require_context);
+        let Some(slot) = entry.active.filter(|_| usable) else { return Ok(None) };
+        // The slot may have been evicted, or have lost its cipher.
+        Ok(cache.slots.peek(&slot).is_some_and(|s| s.cipher.is_some()).then_some(slot))
+    })?;
+    match known {
+        Some(slot) => Ok(slot),
+        None => prepare_seal(name, user, context_bound),
+    }
+}
+
+#[cold]
+fn prepare_seal(name: &[u8], user: Oid, context_bound: bool) -> Result<SlotId> {
+    let generation = hooks::generation();
+    let shown = || crate::ffi::text::to_utf8_string(name);
+    let key = read::key(name)?.ok_or(Error::UnknownKey(shown()?))?;
+    let may_encrypt = read::privileges(name, user)?.implies(Privilege::Encrypt);
+    let active = read::active_slot(name)?;
+    with_cache(|cache| {
+        let entry = KeyEntry {
+            generation,
+            user,
+            may_encrypt,
+            require_context: key.require_context,
+            seals: key.seals,
+            active,
+        };
+        cache.keys.put(name.into(), entry);
+        Ok(())
+    })?;
+    if !may_encrypt {
+        return Err(lacks(user, &key.name, Privilege::Encrypt));
+    }
+    let active = active.ok_or_else(|| Error::NoActiveSlot(key.name.clone()))?;
+    if !key.seals {
+        return Err(Error::Argument(
+            format!("key \"{}\" makes fingerprints and does not seal", key.name),
+            "Its purpose is lookup.".to_string(),
+            "Seal under a key with purpose seal.".to_string(),
+        ));
+    }
+    if key.require_context && !context_bound {
+        return Err(Error::ContextRequired(key.name));
+    }
+    let row = refresh_slot(active, user, Privilege::Encrypt)?;
+    ensure_cipher(&row.slot)?;
+    Ok(active)
+}
+
+struct Refreshed {
+    slot: read::SlotRow,
+    privileges: Privileges,
+}
+
+/// Reads a slot and the user's privileges again, and drops what no longer may be kept.
+fn refresh_slot(id: SlotId, user: Oid, wanted: Privilege) -> Result<Refreshed> {
+    let generation = hooks::generation();
+    let slot = read::slot(id)?.ok_or(Error::UnknownSlot(id.as_i64()))?;
+    let name = crate::ffi::text::to_server(slot.key_name.as_bytes())?;
+    let privileges = read::privileges(&name, user)?;
+    with_cache(|cache| {
+        let may_decrypt = privileges.implies(Privilege::Decrypt);
+        match cache.slots.get_mut(&id) {
+            Some(entry) => {
+                // Whoever seals only must not spoil what another user may open: entry.user names
+                // whose privilege may_decrypt is.
+                entry.generation = generation;
+                entry.user = user;
+                entry.may_decrypt = may_decrypt;
+                entry.state = slot.state;
+                if !slot.state.opens() {
+                    entry.cipher = None;
+                    entry.sealing = None;
+                    cache.subkeys.forget(id);
+                }
+            }
+            None if privileges.implies(wanted) => {
+                let entry = SlotEntry {
+                    generation,
+                    user,
+                    may_decrypt,
+                    state: slot.state,
+                    cipher: None,
+                    sealing: None,
+                };
+                if let Some((evicted, _)) = cache.slots.push(id, entry) {
+                    cache.subkeys.forget_unless(evicted, id);
+                }
+            }
+            None => {}
+        }
+        Ok(())
+    })?;
+    Ok(Refreshed { slot, privileges })
+}
+
+/// Unwraps the slot's key if the session has no cipher of it yet.
+fn ensure_cipher(slot: &read::SlotRow) -> Result<()> {
+    let present = with_cache(|cache| {
+        Ok(cache.slots.peek(&slot.id).is_some_and(|entry| entry.cipher.is_some()))
+    })?;
+    if present {
+        return Ok(());
+    }
+    let cipher = lifecycle::unwrap(slot)?.cipher();
+    with_cache(|cache| {
+        cache.slots.get_mut(&slot.id).ok_or_else(no_cipher)?.cipher = Some(cipher);
+        Ok(())
+    })
+}
+
+/// Holds the barrier lock for this top-level transaction. The lock also makes the session accept
+/// pending invalidations: what is read of the cache after it is not older than the lock.
+#[inline]
+fn enter_barrier() -> Result<()> {
+    let here = (session::process(), session::local_transaction());
+    if BARRIER_HELD.get() == here {
+        return Ok(());
+    }
+    session::lock_for_top_transaction(catalog::barrier()?);
+    BARRIER_HELD.set(here);
+    Ok(())
+}
+
+/// Runs `body` with this process's cache, made on first use. `body` must not call PostgreSQL.
+#[inline]
+fn with_cache<R>(body: impl FnOnce(&mut Cache) -> Result<R>) -> Result<R> {
+    CACHE.with_borrow_mut(|slot| {
+        let process = session::process();
+        match slot {
+            Some(cache) if cache.process == process && cache.fits_setting() => body(cache),
+            _ => body(slot.insert(Cache::new(process))),
+        }
+    })
+}
+
+fn wipe() {
+    let _ = CACHE.try_with(|cache| cache.try_borrow_mut().map(|mut cache| cache.take()));
+    root_key::wipe();
+}
+
+impl Cache {
+    #[cold]
+    fn new(process: i32) -> Cache {
+        if WIPED_AT_EXIT_OF.replace(process) != process {
+            hooks::at_exit(wipe);
+        }
+        let bound = NonZeroUsize::new(guc::key_cache_slots()).unwrap_or(NonZeroUsize::MIN);
+        Cache {
+            process,
+            keys: bounded(bound),
+            slots: bounded(bound),
+            subkeys: Subkeys::new(bound),
+        }
+    }
+
+    fn fits_setting(&self) -> bool {
+        self.slots.cap().get() == guc::key_cache_slots()
+    }
+
+    fn sealable(&mut self, slot: SlotId) -> Result<&mut SlotEntry> {
+        self.slots.get_mut(&slot).ok_or_else(no_cipher)
+    }
+}
+
+/// Subkeys by (slot, salt). Values sealed in bulk share a salt and open at plain AES-GCM speed;
+/// salts that come once leave no trace but a fingerprint: a subkey is kept on its second use.
+/// Only a subkey whose tag verified is kept, so that forged envelopes cannot flush the cache.
+struct Subkeys {
+    kept: LruCache<SubkeyName, Subkey>,
+    last: Option<(SubkeyName, Subkey)>,
+    seen: Box<[u32]>,
+}
+
+impl Subkeys {
+    fn new(bound: NonZeroUsize) -> Subkeys {
+        let seen = vec![0; bound.get().next_power_of_two()].into_boxed_slice();
+        Subkeys { kept: bounded(bound), last: None, seen }
+    }
+
+    #[inline]
+    fn open_with<R>(
+        &mut self,
+        cipher: &XaesKey,
+        name: SubkeyName,
+        open: impl FnOnce(&Subkey) -> std::result::Result<R, OpenError>,
+    ) -> std::result::Result<R, OpenError> {
+        if let Some((last, subkey)) = &self.last
+            && *last == name
+        {
+            return open(subkey);
+        }
+        if let Some(subkey) = self.kept.get(&name) {
+            return open(subkey);
+        }
+        let subkey = cipher.subkey(&name.1);
+        let opened = open(&subkey)?;
+        if self.seen_before(&name) {
+            self.kept.put(name, subkey);
+        } else {
+            self.last = Some((name, subkey));
+        }
+        Ok(opened)
+    }
+
+    /// Whether the salt was seen not long ago; remembers it. Salts are random: their own bytes
+    /// serve as hash.
+    fn seen_before(&mut self, name: &SubkeyName) -> bool {
+        let [a, b, c, d, e, f, g, h, ..] = name.1;
+        let place = u32::from_ne_bytes([a, b, c, d]) as usize & (self.seen.len() - 1);
+        let fingerprint = u32::from_ne_bytes([e, f, g, h]) | 1;
+        std::mem::replace(&mut self.seen[place], fingerprint) == fingerprint
+    }
+
+    fn forget(&mut self, slot: SlotId) {
+        self.last.take_if(|(name, _)| name.0 == slot);
+        let names: Vec<SubkeyName> =
+            self.kept.iter().map(|(name, _)| *name).filter(|name| name.0 == slot).collect();
+        for name in names {
+            self.kept.pop(&name);
+        }
+    }
+
+    /// After the eviction of a slot its subkeys age out by themselves; only the latest one, which
+    /// nothing would push out, goes at once.
+    fn forget_unless(&mut self, evicted: SlotId, kept: SlotId) {
+        if evicted != kept {
+            self.last.take_if(|(name, _)| name.0 == evicted);
+        }
+    }
+}
+
+/// A map that grows up to `bound`, instead of taking the memory of all of it at once.
+fn bounded<K: std::hash::Hash + Eq, V>(bound: NonZeroUsize) -> LruCache<K, V> {
+    let mut map = LruCache::unbounded();
+    map.resize(bound);
+    map
+}
+
+fn lacks(user: Oid, key: &str, privilege: Privilege) -> Error {
+    Error::KeyPrivilege(session::role_name(user), key.to_string(), privilege)
+}
+
+fn no_cipher() -> Error {
+    Error::Internal("the key cache lost a slot in the middle of a call".to_string())
+}

@@ -1,0 +1,31 @@
+//! What stands between the catalog and those who would change or drop it.
+//!
+//! Called by the triggers on the catalog tables (src/api/triggers.rs) and by the object access
+//! hook, which PostgreSQL runs before it drops any relation, whatever command asked for it.
+
+use pgrx::pg_sys;
+
+use super::read;
+use crate::error::{Error, Result};
+use crate::guc;
+
+/// Before a relation is dropped: refuses when it holds keys that can still open something.
+/// A superuser who means it sets rekey.allow_drop.
+pub fn before_drop(relation: pg_sys::Oid) {
+    if !read::holds_keys(relation) || guc::allow_drop() {
+        return;
+    }
+    match read::living_slots() {
+        Ok((0, _)) => {}
+        Ok((slots, keys)) => Error::InUse(slots, keys).raise(),
+        Err(error) => error.raise(),
+    }
+}
+
+/// Before rows of a catalog table change: only the extension's own code may.
+pub fn before_change(table: &str) -> Result<()> {
+    if crate::ffi::sql::is_own_code() {
+        return Ok(());
+    }
+    Err(Error::DirectChange(table.to_string()))
+}

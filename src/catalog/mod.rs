@@ -1,0 +1,71 @@
+//! The catalog: the only place that knows our tables.
+//!
+//! `read` scans them under the catalog snapshot (any backend, no privilege asked, no
+//! transaction id); `write` changes them as the extension's owner, with an audit row for each
+//! transition; `guard` holds the triggers' decisions. Called by the cache, the life cycle and
+//! the functions of src/api/. Table OIDs are looked up once and again after any change.
+
+pub mod guard;
+pub mod read;
+pub mod write;
+
+use std::cell::Cell;
+use std::ffi::CStr;
+
+use pgrx::pg_sys::Oid;
+
+use crate::error::{Error, Result};
+use crate::ffi::{hooks, scan};
+
+/// OIDs of the tables and indexes that we scan.
+#[derive(Clone, Copy)]
+pub struct Tables {
+    key: Oid,
+    key_pkey: Oid,
+    key_slot: Oid,
+    key_slot_pkey: Oid,
+    key_slot_version: Oid,
+    key_slot_active: Oid,
+    slot_wrap: Oid,
+    slot_wrap_pkey: Oid,
+    root_key: Oid,
+    key_grant: Oid,
+    key_grant_pkey: Oid,
+    barrier: Oid,
+}
+
+thread_local! {
+    static TABLES: Cell<Option<Tables>> = const { Cell::new(None) };
+}
+
+/// The tables of this database's catalog.
+pub fn tables() -> Result<Tables> {
+    if hooks::watching()
+        && let Some(tables) = TABLES.get()
+    {
+        return Ok(tables);
+    }
+    let find = |name: &CStr| scan::relation(name).ok_or(Error::NoCatalog);
+    let tables = Tables {
+        key: find(c"key")?,
+        key_pkey: find(c"key_pkey")?,
+        key_slot: find(c"key_slot")?,
+        key_slot_pkey: find(c"key_slot_pkey")?,
+        key_slot_version: find(c"key_slot_version")?,
+        key_slot_active: find(c"key_slot_active")?,
+        slot_wrap: find(c"slot_wrap")?,
+        slot_wrap_pkey: find(c"slot_wrap_pkey")?,
+        root_key: find(c"root_key")?,
+        key_grant: find(c"key_grant")?,
+        key_grant_pkey: find(c"key_grant_pkey")?,
+        barrier: find(c"barrier")?,
+    };
+    TABLES.set(Some(tables));
+    hooks::watch([tables.key, tables.key_slot, tables.slot_wrap, tables.key_grant]);
+    Ok(tables)
+}
+
+/// The empty table on which sealing transactions hold their lock.
+pub fn barrier() -> Result<Oid> {
+    Ok(tables()?.barrier)
+}

@@ -1,0 +1,198 @@
+//! Rows of the catalog, read under the catalog snapshot.
+//!
+//! Called by the cache on a miss and by the life cycle. Column numbers are those of
+//! sql/catalog.sql: columns are only ever added at the end.
+
+use pgrx::pg_sys;
+use rekey_core::cipher::RootId;
+use rekey_core::envelope::SlotId;
+use rekey_core::keyring::{Privilege, Privileges, SlotState};
+
+use super::tables;
+use crate::error::{Error, Result};
+use crate::ffi::scan::{Key, Row, Scan};
+use crate::ffi::{session, text};
+
+/// A row of rekey.key.
+pub struct KeyRow {
+    /// Name in UTF-8.
+    pub name: String,
+    /// Whether the key seals (purpose seal) or makes fingerprints (lookup).
+    pub seals: bool,
+    /// Whether sealing needs a context.
+    pub require_context: bool,
+    /// Whether the key was shredded.
+    pub shredded: bool,
+}
+
+/// A row of rekey.key_slot.
+#[derive(Clone)]
+pub struct SlotRow {
+    /// Slot id.
+    pub id: SlotId,
+    /// Key name in UTF-8.
+    pub key_name: String,
+    /// Number within the key.
+    pub version: i32,
+    /// State.
+    pub state: SlotState,
+    /// HMAC that proves the DEK.
+    pub check_value: Vec<u8>,
+    /// When it was disabled or destroyed, as a timestamptz datum.
+    pub closed_at: Option<i64>,
+    /// When a rotation took its place, as a timestamptz datum.
+    pub superseded_at: Option<i64>,
+    /// Whether it was reported compromised.
+    pub compromised: bool,
+    /// Whether a proof that it is unused stands.
+    pub proved: bool,
+}
+
+/// A row of rekey.root_key.
+pub struct RootRow {
+    /// Root id.
+    pub id: RootId,
+    /// Root check value.
+    pub check: Vec<u8>,
+    /// active, previous, compromised or retired.
+    pub state: String,
+}
+
+/// The key of that name, given in the server's encoding.
+pub fn key(name: &[u8]) -> Result<Option<KeyRow>> {
+    let t = tables()?;
+    let mut scan = Scan::open(t.key, t.key_pkey, &[1], &[Key::Text(name)]);
+    let Some(row) = scan.next_row() else { return Ok(None) };
+    Ok(Some(KeyRow {
+        name: text::to_utf8_string(&row.bytes(1))?,
+        seals: row.bytes(2) == b"seal",
+        require_context: row.bool(6),
+        shredded: row.datum(10).is_some(),
+    }))
+}
+
+/// The active slot of a key.
+pub fn active_slot(name: &[u8]) -> Result<Option<SlotId>> {
+    let t = tables()?;
+    let mut scan = Scan::open(t.key_slot, t.key_slot_active, &[2], &[Key::Text(name)]);
+    scan.next_row().map(|row| slot_id(&row)).transpose()
+}
+
+/// One slot, whatever its state.
+pub fn slot(id: SlotId) -> Result<Option<SlotRow>> {
+    let t = tables()?;
+    let mut scan = Scan::open(t.key_slot, t.key_slot_pkey, &[1], &[Key::Bigint(id.as_i64())]);
+    scan.next_row().map(|row| slot_row(&row)).transpose()
+}
+
+/// All slots that ever bore the key's name, by version.
+pub fn slots_of(name: &[u8]) -> Result<Vec<SlotRow>> {
+    let t = tables()?;
+    let mut scan = Scan::open(t.key_slot, t.key_slot_version, &[2], &[Key::Text(name)]);
+    let mut slots = Vec::new();
+    while let Some(row) = scan.next_row() {
+        slots.push(slot_row(&row)?);
+    }
+    slots.sort_by_key(|slot| slot.version);
+    Ok(slots)
+}
+
+/// The wrapped keys of a slot, by root key.
+pub fn wraps(id: SlotId) -> Result<Vec<(RootId, Vec<u8>)>> {
+    let t = tables()?;
+    let mut scan = Scan::open(t.slot_wrap, t.slot_wrap_pkey, &[1], &[Key::Bigint(id.as_i64())]);
+    let mut wraps = Vec::new();
+    while let Some(row) = scan.next_row() {
+        wraps.push((root_id(&row.bytes(2))?, row.bytes(3)));
+    }
+    Ok(wraps)
+}
+
+/// What `user` may do with a key, by his own grants, his roles' and everyone's.
+pub fn privileges(name: &[u8], user: pg_sys::Oid) -> Result<Privileges> {
+    if session::is_superuser(user) {
+        return Ok(Privileges::from_iter([Privilege::Owner]));
+    }
+    let mut held = Privileges::NONE;
+    for (grantee, privilege) in grants(name)? {
+        if grantee == pg_sys::InvalidOid || session::has_privileges_of(user, grantee) {
+            held.insert(privilege);
+        }
+    }
+    Ok(held)
+}
+
+fn grants(name: &[u8]) -> Result<Vec<(pg_sys::Oid, Privilege)>> {
+    let t = tables()?;
+    let mut scan = Scan::open(t.key_grant, t.key_grant_pkey, &[1], &[Key::Text(name)]);
+    let mut grants = Vec::new();
+    while let Some(row) = scan.next_row() {
+        let privilege = String::from_utf8_lossy(&row.bytes(3)).into_owned();
+        let privilege = Privilege::parse(&privilege)
+            .ok_or_else(|| Error::Internal(format!("unknown privilege {privilege} in catalog")))?;
+        grants.push((row.oid(2), privilege));
+    }
+    Ok(grants)
+}
+
+/// All root keys that this database knows.
+pub fn root_keys() -> Result<Vec<RootRow>> {
+    let t = tables()?;
+    let mut scan = Scan::open(t.root_key, pg_sys::InvalidOid, &[], &[]);
+    let mut roots = Vec::new();
+    while let Some(row) = scan.next_row() {
+        roots.push(RootRow {
+            id: root_id(&row.bytes(1))?,
+            check: row.bytes(2),
+            state: String::from_utf8_lossy(&row.bytes(3)).into_owned(),
+        });
+    }
+    Ok(roots)
+}
+
+/// How many slots of how many keys are not destroyed.
+pub fn living_slots() -> Result<(i64, i64)> {
+    let t = tables()?;
+    let mut scan = Scan::open(t.key_slot, pg_sys::InvalidOid, &[], &[]);
+    let mut slots = 0;
+    let mut keys = std::collections::HashSet::new();
+    while let Some(row) = scan.next_row() {
+        if row.bytes(4) != SlotState::Destroyed.name().as_bytes() {
+            slots += 1;
+            keys.insert(row.bytes(2));
+        }
+    }
+    Ok((slots, i64::try_from(keys.len()).unwrap_or(i64::MAX)))
+}
+
+/// Whether the relation is a table whose loss would lose keys.
+pub fn holds_keys(relation: pg_sys::Oid) -> bool {
+    tables().is_ok_and(|t| relation == t.key_slot || relation == t.slot_wrap)
+}
+
+fn slot_id(row: &Row<'_>) -> Result<SlotId> {
+    SlotId::from_i64(row.i64(1))
+        .ok_or_else(|| Error::Internal("slot id out of range in catalog".to_string()))
+}
+
+fn root_id(bytes: &[u8]) -> Result<RootId> {
+    RootId::from_slice(bytes)
+        .ok_or_else(|| Error::Internal("root id of wrong length in catalog".to_string()))
+}
+
+fn slot_row(row: &Row<'_>) -> Result<SlotRow> {
+    let state = String::from_utf8_lossy(&row.bytes(4)).into_owned();
+    let timestamp = |attribute| row.datum(attribute).map(|_| row.i64(attribute));
+    Ok(SlotRow {
+        id: slot_id(row)?,
+        key_name: text::to_utf8_string(&row.bytes(2))?,
+        version: i32::try_from(row.i64(3) & 0x7fff_ffff).unwrap_or(0),
+        state: SlotState::parse(&state)
+            .ok_or_else(|| Error::Internal(format!("unknown slot state {state} in catalog")))?,
+        check_value: row.bytes(5),
+        closed_at: timestamp(11).or_else(|| timestamp(10)),
+        superseded_at: timestamp(8),
+        compromised: row.datum(12).is_some(),
+        proved: row.datum(14).is_some(),
+    })
+}

@@ -1,0 +1,291 @@
+//! Changes of the catalog: one function per kind of row, an audit row per transition.
+//!
+//! Called by src/lifecycle.rs and the administration functions. Everything runs in the caller's
+//! transaction as the owner of the catalog; a rollback undoes it. Invariant I13: an audit row in
+//! the same transaction and one server log line, which begins "pg_rekey audit:", for each
+//! transition. The line is written when the act is done; its xid tells whether it committed.
+
+use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
+use rekey_core::cipher::RootId;
+use rekey_core::envelope::SlotId;
+use rekey_core::keyring::{Privilege, SlotState};
+
+use super::read::SlotRow;
+use crate::error::{Error, Result};
+use crate::ffi::session;
+use crate::ffi::sql::{Arg, bigint, run};
+
+/// Who acts: taken before the switch to the catalog's owner.
+fn actor() -> String {
+    session::role_name(session::current_user())
+}
+
+/// One line of the audit log.
+pub struct Audit<'a> {
+    /// Function that acts.
+    pub action: &'a str,
+    /// Key concerned.
+    pub key: Option<&'a str>,
+    /// Slot concerned.
+    pub slot: Option<SlotId>,
+    /// State before.
+    pub from: Option<SlotState>,
+    /// State after.
+    pub to: Option<SlotState>,
+    /// Reason, or what was granted or changed.
+    pub detail: &'a str,
+}
+
+impl Audit<'_> {
+    /// Writes the audit row and the log line.
+    pub fn record(&self) -> Result<()> {
+        let actor = actor();
+        let xid = bigint(
+            "INSERT INTO rekey.audit_log \
+                 (action, key_name, slot_id, from_state, to_state, actor, detail) \
+             VALUES ($1, $2, NULLIF($3, 0), $4, $5, $6, $7) \
+             RETURNING xid::text::bigint",
+            &[
+                Arg::Text(self.action),
+                Arg::OptionalText(self.key),
+                Arg::Bigint(self.slot.map_or(0, SlotId::as_i64)),
+                Arg::OptionalText(self.from.map(SlotState::name)),
+                Arg::OptionalText(self.to.map(SlotState::name)),
+                Arg::Text(&actor),
+                Arg::Text(self.detail),
+            ],
+        )?;
+        let mut line = format!("pg_rekey audit: action={}", self.action);
+        if let Some(key) = self.key {
+            line += &format!(" key=\"{key}\"");
+        }
+        if let Some(slot) = self.slot {
+            line += &format!(" slot={slot}");
+        }
+        if let Some(from) = self.from {
+            line += &format!(" from={from}");
+        }
+        if let Some(to) = self.to {
+            line += &format!(" to={to}");
+        }
+        line += &format!(" actor=\"{actor}\" xid={}", xid.unwrap_or(0));
+        pgrx::ereport!(PgLogLevel::LOG, PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION, line);
+        Ok(())
+    }
+}
+
+/// Locks the row of a key against every other change of its slots; false when there is none.
+pub fn lock_key(name: &str) -> Result<bool> {
+    let sql = "SELECT 1::bigint FROM rekey.key WHERE key_name = $1 FOR UPDATE";
+    Ok(bigint(sql, &[Arg::Text(name)])?.is_some())
+}
+
+/// A new key's policy.
+pub struct NewKey<'a> {
+    /// Name.
+    pub name: &'a str,
+    /// seal or lookup.
+    pub purpose: &'a str,
+    /// Grace, an interval datum.
+    pub grace: pg_sys::Datum,
+    /// Longest life of an active slot, an interval datum.
+    pub max_age: pg_sys::Datum,
+    /// Free text.
+    pub comment: &'a str,
+}
+
+/// Inserts a key; false when the name is taken.
+pub fn insert_key(key: &NewKey<'_>) -> Result<bool> {
+    let inserted = bigint(
+        "INSERT INTO rekey.key (key_name, purpose, grace, max_age, comment) \
+         VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING RETURNING 1::bigint",
+        &[
+            Arg::Text(key.name),
+            Arg::Text(key.purpose),
+            Arg::Interval(Some(key.grace)),
+            Arg::Interval(Some(key.max_age)),
+            Arg::Text(key.comment),
+        ],
+    )?;
+    Ok(inserted.is_some())
+}
+
+/// Changes of a key's policy; None leaves a setting as it is.
+pub struct Policy<'a> {
+    /// Grace, an interval datum.
+    pub grace: Option<pg_sys::Datum>,
+    /// Longest life of an active slot, an interval datum.
+    pub max_age: Option<pg_sys::Datum>,
+    /// keep, disable or destroy.
+    pub after_drain: Option<&'a str>,
+    /// Whether sealing needs a context.
+    pub require_context: Option<bool>,
+    /// Who answers for the key.
+    pub custodian: Option<&'a str>,
+}
+
+/// Changes the policy of a key.
+pub fn update_policy(name: &str, policy: &Policy<'_>) -> Result<()> {
+    run(
+        "UPDATE rekey.key SET grace = coalesce($2, grace), max_age = coalesce($3, max_age), \
+             after_drain = coalesce($4, after_drain), \
+             require_context = coalesce($5, require_context), \
+             custodian = coalesce($6, custodian) \
+         WHERE key_name = $1",
+        &[
+            Arg::Text(name),
+            Arg::Interval(policy.grace),
+            Arg::Interval(policy.max_age),
+            Arg::OptionalText(policy.after_drain),
+            Arg::Bool(policy.require_context),
+            Arg::OptionalText(policy.custodian),
+        ],
+    )
+    .map(|_| ())
+}
+
+/// Whether an interval datum is negative.
+pub fn is_negative(interval: pg_sys::Datum) -> Result<bool> {
+    let sql = "SELECT ($1 < '0'::interval)::int::bigint";
+    Ok(bigint(sql, &[Arg::Interval(Some(interval))])? == Some(1))
+}
+
+/// Marks a key as shredded.
+pub fn mark_shredded(name: &str) -> Result<()> {
+    let sql = "UPDATE rekey.key SET shredded_at = clock_timestamp() WHERE key_name = $1";
+    run(sql, &[Arg::Text(name)]).map(|_| ())
+}
+
+/// Deletes a key and its grants. Its slots stay as tombstones.
+pub fn delete_key(name: &str) -> Result<()> {
+    run("DELETE FROM rekey.key_grant WHERE key_name = $1", &[Arg::Text(name)])?;
+    run("DELETE FROM rekey.key WHERE key_name = $1", &[Arg::Text(name)]).map(|_| ())
+}
+
+/// Inserts a slot with its wrapped keys. The version goes on from the highest that the name had.
+pub fn insert_slot(
+    id: SlotId,
+    key: &str,
+    state: SlotState,
+    check_value: &[u8],
+    reason: &str,
+    wraps: &[(RootId, [u8; 73])],
+) -> Result<()> {
+    run(
+        "INSERT INTO rekey.key_slot \
+             (slot_id, key_name, version, state, check_value, activated_at, reason) \
+         SELECT $1, $2, coalesce(max(s.version), 0) + 1, $3, $4, \
+             CASE WHEN $3 = 'active' THEN clock_timestamp() END, $5 \
+         FROM rekey.key_slot s WHERE s.key_name = $2",
+        &[
+            Arg::Bigint(id.as_i64()),
+            Arg::Text(key),
+            Arg::Text(state.name()),
+            Arg::Bytea(check_value),
+            Arg::Text(reason),
+        ],
+    )?;
+    for (root, wrapped) in wraps {
+        insert_wrap(id, *root, wrapped)?;
+    }
+    Ok(())
+}
+
+/// Inserts one wrapped key of a slot.
+pub fn insert_wrap(id: SlotId, root: RootId, wrapped: &[u8]) -> Result<()> {
+    run(
+        "INSERT INTO rekey.slot_wrap (slot_id, root_id, wrapped_key) VALUES ($1, $2, $3)",
+        &[Arg::Bigint(id.as_i64()), Arg::Bytea(root.as_bytes()), Arg::Bytea(wrapped)],
+    )
+    .map(|_| ())
+}
+
+/// Moves a slot to another state, stamps it, and records the transition.
+///
+/// The row changes only if its state is still the one that the caller saw: 40001 in spirit, but
+/// the key's lock has made it impossible unless a restore runs beside us.
+pub fn transition(slot: &SlotRow, to: SlotState, action: &str, reason: &str) -> Result<()> {
+    if !slot.state.may_become(to) {
+        return Err(Error::State(
+            format!("slot {} is {} and cannot become {to}", slot.id, slot.state),
+            format!("It is version {} of key \"{}\".", slot.version, slot.key_name),
+            "rekey.slots shows the states of the key's slots.".to_string(),
+        ));
+    }
+    let stamps = match to {
+        SlotState::Active => {
+            "activated_at = clock_timestamp(), superseded_at = NULL, drained_at = NULL, \
+             disabled_at = NULL, proof = NULL"
+        }
+        SlotState::Previous if slot.state == SlotState::Active => {
+            "superseded_at = clock_timestamp(), drained_at = NULL, proof = NULL"
+        }
+        SlotState::Previous => "disabled_at = NULL, drained_at = NULL, proof = NULL",
+        SlotState::Drained => "disabled_at = NULL, drained_at = clock_timestamp()",
+        SlotState::Disabled => "disabled_at = clock_timestamp()",
+        SlotState::Destroyed => "destroyed_at = clock_timestamp()",
+        SlotState::Pending => "reason = reason",
+    };
+    let changed = run(
+        &format!(
+            "UPDATE rekey.key_slot SET state = $3, {stamps}, \
+                 reason = CASE WHEN $4 = '' THEN reason ELSE $4 END \
+             WHERE slot_id = $1 AND state = $2"
+        ),
+        &[
+            Arg::Bigint(slot.id.as_i64()),
+            Arg::Text(slot.state.name()),
+            Arg::Text(to.name()),
+            Arg::Text(reason),
+        ],
+    )?;
+    if changed != 1 {
+        return Err(Error::State(
+            format!("slot {} has changed meanwhile", slot.id),
+            format!("It was {} when the action began.", slot.state),
+            "Look at rekey.slots and try again.".to_string(),
+        ));
+    }
+    if to == SlotState::Destroyed {
+        let sql = "DELETE FROM rekey.slot_wrap WHERE slot_id = $1";
+        run(sql, &[Arg::Bigint(slot.id.as_i64())])?;
+    }
+    Audit {
+        action,
+        key: Some(&slot.key_name),
+        slot: Some(slot.id),
+        from: Some(slot.state),
+        to: Some(to),
+        detail: reason,
+    }
+    .record()
+}
+
+/// Grants a privilege; role 0 is everyone. Granting twice is fine.
+pub fn insert_grant(key: &str, role: pg_sys::Oid, privilege: Privilege) -> Result<()> {
+    run(
+        "INSERT INTO rekey.key_grant (key_name, grantee, privilege) \
+         VALUES ($1, $2::oid::regrole, $3) ON CONFLICT DO NOTHING",
+        &[Arg::Text(key), Arg::Oid(role), Arg::Text(privilege.name())],
+    )
+    .map(|_| ())
+}
+
+/// Takes a privilege back; taking what is not there is fine.
+pub fn delete_grant(key: &str, role: pg_sys::Oid, privilege: Privilege) -> Result<()> {
+    run(
+        "DELETE FROM rekey.key_grant \
+         WHERE key_name = $1 AND grantee = $2::oid::regrole AND privilege = $3",
+        &[Arg::Text(key), Arg::Oid(role), Arg::Text(privilege.name())],
+    )
+    .map(|_| ())
+}
+
+/// Adopts a root key as the active one.
+pub fn insert_root_key(id: RootId, check: &[u8]) -> Result<()> {
+    run(
+        "INSERT INTO rekey.root_key (root_id, root_check, state) VALUES ($1, $2, 'active')",
+        &[Arg::Bytea(id.as_bytes()), Arg::Bytea(check)],
+    )
+    .map(|_| ())
+}

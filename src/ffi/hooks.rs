@@ -1,0 +1,199 @@
+//! Callbacks and hooks that PostgreSQL calls: invalidation, transaction end, process exit,
+//! fork, logging and drops. Each only sets a flag or asks one question of another module.
+//!
+//! `init` runs once per library load, in the postmaster under preload: the callbacks are then
+//! inherited by every backend. Invariant: an invalidation callback touches atomics only, since
+//! it may arrive at any lock or catalog access, also in the middle of a cache fill.
+
+use std::ffi::{c_int, c_void};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering::Relaxed};
+
+use pgrx::{pg_guard, pg_sys};
+
+static GENERATION: AtomicU64 = AtomicU64::new(1);
+static SEALING_EPOCH: AtomicU64 = AtomicU64::new(1);
+static WATCHED: [AtomicU32; 4] = [const { AtomicU32::new(0) }; 4];
+static RESOLVED: AtomicBool = AtomicBool::new(false);
+static SECRET_STATEMENT: AtomicI64 = AtomicI64::new(0);
+
+/// Counts the changes of our catalog, of roles and of memberships that this process has heard
+/// of. Anything read under another generation is read again.
+#[inline]
+pub fn generation() -> u64 {
+    GENERATION.load(Relaxed)
+}
+
+/// Counts transaction ends and forks: sealing state of another epoch is never used.
+#[inline]
+pub fn sealing_epoch() -> u64 {
+    SEALING_EPOCH.load(Relaxed)
+}
+
+/// Names the catalog tables whose changes count.
+pub fn watch(tables: [pg_sys::Oid; 4]) {
+    for (slot, table) in WATCHED.iter().zip(tables) {
+        slot.store(table.to_u32(), Relaxed);
+    }
+    RESOLVED.store(true, Relaxed);
+}
+
+/// Whether the watched tables are still those that `watch` named.
+pub fn watching() -> bool {
+    RESOLVED.load(Relaxed)
+}
+
+/// Marks the client's current statement as one that must not reach the log.
+#[inline]
+pub fn keep_statement_out_of_log() {
+    SECRET_STATEMENT.store(super::session::statement(), Relaxed);
+}
+
+/// Registers everything. Called once, from `_PG_init`.
+pub fn init() {
+    // SAFETY: each function takes a callback of the right type that lives as long as the
+    // process. The hooks are chained: the earlier one is kept and called.
+    unsafe {
+        pg_sys::CacheRegisterRelcacheCallback(Some(relcache_changed), pg_sys::Datum::null());
+        for cache in [
+            pg_sys::SysCacheIdentifier::AUTHMEMMEMROLE,
+            pg_sys::SysCacheIdentifier::AUTHOID,
+        ] {
+            pg_sys::CacheRegisterSyscacheCallback(
+                cache as c_int,
+                Some(roles_changed),
+                pg_sys::Datum::null(),
+            );
+        }
+        pg_sys::RegisterXactCallback(Some(transaction_event), std::ptr::null_mut());
+        libc::pthread_atfork(None, None, Some(forked));
+        NEXT_EMIT_LOG = pg_sys::emit_log_hook;
+        pg_sys::emit_log_hook = Some(emit_log);
+        NEXT_OBJECT_ACCESS = pg_sys::object_access_hook;
+        pg_sys::object_access_hook = Some(object_access);
+    }
+}
+
+/// Runs `wipe` when this process ends. To be called in the process itself, not before fork.
+pub fn at_exit(wipe: fn()) {
+    #[pg_guard]
+    unsafe extern "C-unwind" fn call(_code: c_int, arg: pg_sys::Datum) {
+        // SAFETY: the datum is the fn pointer stored below.
+        let wipe: fn() = unsafe { std::mem::transmute(arg.value()) };
+        wipe();
+    }
+    // SAFETY: a callback of the right type; a fn pointer fits a Datum.
+    unsafe { pg_sys::on_proc_exit(Some(call), pg_sys::Datum::from(wipe as usize)) }
+}
+
+/// Has every session read the catalog again once this transaction commits, through the
+/// relation cache's invalidation of `table`.
+pub fn announce(table: pg_sys::Oid) {
+    // SAFETY: a table of ours that a trigger has open.
+    unsafe { pg_sys::CacheInvalidateRelcacheByRelid(table) }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn relcache_changed(_arg: pg_sys::Datum, relation: pg_sys::Oid) {
+    let relation = relation.to_u32();
+    if relation == 0 || WATCHED.iter().any(|w| w.load(Relaxed) == relation) {
+        // The table itself may be gone (DROP and CREATE EXTENSION): look its OID up again.
+        RESOLVED.store(false, Relaxed);
+        GENERATION.fetch_add(1, Relaxed);
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn roles_changed(_arg: pg_sys::Datum, _cache: c_int, _hash: u32) {
+    GENERATION.fetch_add(1, Relaxed);
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn transaction_event(
+    event: pg_sys::XactEvent::Type,
+    _arg: *mut c_void,
+) {
+    use pg_sys::XactEvent::{
+        XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PARALLEL_ABORT,
+        XACT_EVENT_PARALLEL_COMMIT, XACT_EVENT_PREPARE,
+    };
+    if matches!(
+        event,
+        XACT_EVENT_COMMIT
+            | XACT_EVENT_ABORT
+            | XACT_EVENT_PREPARE
+            | XACT_EVENT_PARALLEL_COMMIT
+            | XACT_EVENT_PARALLEL_ABORT
+    ) {
+        SEALING_EPOCH.fetch_add(1, Relaxed);
+    }
+}
+
+extern "C" fn forked() {
+    SEALING_EPOCH.fetch_add(1, Relaxed);
+}
+
+static mut NEXT_EMIT_LOG: pg_sys::emit_log_hook_type = None;
+
+/// Takes the statement and its context out of the server log when the statement seals or opens:
+/// its literals are values. The client still sees its own error whole.
+#[pg_guard]
+unsafe extern "C-unwind" fn emit_log(edata: *mut pg_sys::ErrorData) {
+    // SAFETY: PostgreSQL passes a live ErrorData; debug_query_string is NULL or a C string that
+    // outlives the statement. A process without a transaction system has no statement: the
+    // getter returns a static all the same.
+    unsafe {
+        let statement = pg_sys::debug_query_string;
+        let ran = !statement.is_null()
+            && SECRET_STATEMENT.load(Relaxed) == super::session::statement();
+        if ran || names_a_verb(statement) || names_a_verb((*edata).internalquery) {
+            (*edata).hide_stmt = true;
+            (*edata).hide_ctx = true;
+            // The log prints an inner query whatever hide_stmt says.
+            (*edata).internalquery = std::ptr::null_mut();
+        }
+        #[allow(static_mut_refs, reason = "written once, before any backend runs")]
+        if let Some(next) = NEXT_EMIT_LOG {
+            next(edata);
+        }
+    }
+}
+
+/// Whether the text contains encrypt_col or decrypt_col, in any case.
+///
+/// # Safety
+/// `text` is NULL or a valid C string.
+unsafe fn names_a_verb(text: *const std::ffi::c_char) -> bool {
+    if text.is_null() {
+        return false;
+    }
+    // SAFETY: promised by the caller.
+    let text = unsafe { std::ffi::CStr::from_ptr(text) }.to_bytes();
+    text.windows(11).any(|w| {
+        w.eq_ignore_ascii_case(b"encrypt_col") || w.eq_ignore_ascii_case(b"decrypt_col")
+    })
+}
+
+static mut NEXT_OBJECT_ACCESS: pg_sys::object_access_hook_type = None;
+
+#[pg_guard]
+unsafe extern "C-unwind" fn object_access(
+    access: pg_sys::ObjectAccessType::Type,
+    class: pg_sys::Oid,
+    object: pg_sys::Oid,
+    column: c_int,
+    arg: *mut c_void,
+) {
+    // SAFETY: chains the call unchanged.
+    unsafe {
+        #[allow(static_mut_refs, reason = "written once, before any backend runs")]
+        if let Some(next) = NEXT_OBJECT_ACCESS {
+            next(access, class, object, column, arg);
+        }
+    }
+    if access == pg_sys::ObjectAccessType::OAT_DROP
+        && class == pg_sys::Oid::from(1259) // RelationRelationId
+        && column == 0
+    {
+        crate::catalog::guard::before_drop(object);
+    }
+}

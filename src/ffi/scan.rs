@@ -1,0 +1,157 @@
+//! Reading our catalog tables under the catalog snapshot.
+//!
+//! Called by src/catalog/ alone. `systable_beginscan(.., NULL)` takes the catalog snapshot: it
+//! is legal in parallel workers, on standbys and under old REPEATABLE READ snapshots, it assigns
+//! no transaction id, and it sees the last commit. No privilege is asked and no user code runs.
+
+use pgrx::pg_sys;
+
+/// A scan of one table by an index, closed when dropped.
+pub struct Scan {
+    relation: pg_sys::Relation,
+    scan: pg_sys::SysScanDesc,
+}
+
+/// One scan key.
+pub enum Key<'a> {
+    /// A bigint column.
+    Bigint(i64),
+    /// A text column with collation C, in the server's encoding.
+    Text(&'a [u8]),
+    /// A bytea column.
+    Bytea(&'a [u8]),
+}
+
+impl Scan {
+    /// Opens `table` and scans `index` for rows whose leading columns equal `keys`; without an
+    /// index the whole table. The table's columns `attributes` are those of the keys, in the
+    /// index's order.
+    pub fn open(
+        table: pg_sys::Oid,
+        index: pg_sys::Oid,
+        attributes: &[i16],
+        keys: &[Key<'_>],
+    ) -> Scan {
+        assert!(keys.len() <= 2 && attributes.len() >= keys.len());
+        // SAFETY: ScanKeyData is plain C data; each used entry is initialised below.
+        let mut entries: [pg_sys::ScanKeyData; 2] = unsafe { std::mem::zeroed() };
+        for (i, key) in keys.iter().enumerate() {
+            let (procedure, datum) = match key {
+                Key::Bigint(value) => (pg_sys::F_INT8EQ, pg_sys::Datum::from(*value)),
+                Key::Text(bytes) => (pg_sys::F_TEXTEQ, varlena(bytes)),
+                Key::Bytea(bytes) => (pg_sys::F_BYTEAEQ, varlena(bytes)),
+            };
+            // SAFETY: writes the entry it is given. The collation becomes C, as the columns'.
+            unsafe {
+                pg_sys::ScanKeyInit(
+                    &mut entries[i],
+                    attributes[i],
+                    pg_sys::BTEqualStrategyNumber as u16,
+                    procedure.into(),
+                    datum,
+                );
+                entries[i].sk_collation = pg_sys::Oid::from(950); // C_COLLATION_OID
+            }
+        }
+        let count = i32::try_from(keys.len()).unwrap_or(0);
+        // SAFETY: table and index are OIDs of our own catalog (src/catalog/); systable_beginscan
+        // copies the keys.
+        unsafe {
+            let relation = pg_sys::table_open(table, pg_sys::AccessShareLock as i32);
+            let scan = pg_sys::systable_beginscan(
+                relation,
+                index,
+                index != pg_sys::InvalidOid,
+                std::ptr::null_mut(),
+                count,
+                entries.as_mut_ptr(),
+            );
+            Scan { relation, scan }
+        }
+    }
+
+    /// The next row.
+    pub fn next_row(&mut self) -> Option<Row<'_>> {
+        // SAFETY: the scan is open until drop.
+        let tuple = unsafe { pg_sys::systable_getnext(self.scan) };
+        // SAFETY: an open relation has a descriptor.
+        let desc = unsafe { (*self.relation).rd_att };
+        (!tuple.is_null()).then_some(Row { tuple, desc, scan: std::marker::PhantomData })
+    }
+}
+
+impl Drop for Scan {
+    fn drop(&mut self) {
+        // An error that unwinds through here has its resources released by the abort.
+        if std::thread::panicking() {
+            return;
+        }
+        // SAFETY: both were opened by `open` and are closed once.
+        unsafe {
+            pg_sys::systable_endscan(self.scan);
+            pg_sys::table_close(self.relation, pg_sys::AccessShareLock as i32);
+        }
+    }
+}
+
+fn varlena(bytes: &[u8]) -> pg_sys::Datum {
+    // SAFETY: copies the bytes into a fresh varlena of the current memory context.
+    unsafe {
+        let len = i32::try_from(bytes.len()).unwrap_or(0);
+        pg_sys::Datum::from(pg_sys::cstring_to_text_with_len(bytes.as_ptr().cast(), len))
+    }
+}
+
+/// A row of a scan, valid until the next one is asked for.
+pub struct Row<'a> {
+    tuple: pg_sys::HeapTuple,
+    desc: pg_sys::TupleDesc,
+    scan: std::marker::PhantomData<&'a Scan>,
+}
+
+impl Row<'_> {
+    /// The datum of column `attribute` (from 1); None for NULL.
+    pub fn datum(&self, attribute: i16) -> Option<pg_sys::Datum> {
+        let mut null = false;
+        // SAFETY: tuple and descriptor belong together while the scan is on this row.
+        let datum = unsafe {
+            pg_sys::heap_getattr(self.tuple, i32::from(attribute), self.desc, &mut null)
+        };
+        (!null).then_some(datum)
+    }
+
+    /// A text or bytea column's bytes, copied. NULL is empty.
+    pub fn bytes(&self, attribute: i16) -> Vec<u8> {
+        self.datum(attribute).map(|d| super::text::detoasted(d).to_vec()).unwrap_or_default()
+    }
+
+    /// A bigint column. NULL is 0.
+    pub fn i64(&self, attribute: i16) -> i64 {
+        let bits = self.datum(attribute).map_or(0, |d| d.value() as u64);
+        i64::from_ne_bytes(bits.to_ne_bytes())
+    }
+
+    /// An oid column. NULL is 0.
+    pub fn oid(&self, attribute: i16) -> pg_sys::Oid {
+        let value = self.datum(attribute).map_or(0, |d| d.value());
+        pg_sys::Oid::from(u32::try_from(value & 0xffff_ffff).unwrap_or(0))
+    }
+
+    /// A boolean column. NULL is false.
+    pub fn bool(&self, attribute: i16) -> bool {
+        self.datum(attribute).is_some_and(|d| d.value() & 0xff != 0)
+    }
+}
+
+/// OID of a relation in schema rekey, or None.
+pub fn relation(name: &std::ffi::CStr) -> Option<pg_sys::Oid> {
+    // SAFETY: both arguments are C strings; syscache lookups only.
+    unsafe {
+        let schema = pg_sys::get_namespace_oid(c"rekey".as_ptr(), true);
+        if schema == pg_sys::InvalidOid {
+            return None;
+        }
+        let oid = pg_sys::get_relname_relid(name.as_ptr(), schema);
+        (oid != pg_sys::InvalidOid).then_some(oid)
+    }
+}

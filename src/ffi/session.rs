@@ -1,0 +1,218 @@
+//! Who is calling, in which transaction, with which locks: session state read and set safely.
+//!
+//! Called by the cache (user, transaction, barrier) and by the catalog (acting as the
+//! extension's owner). Guards restore what they changed, also when an error unwinds.
+
+use std::ffi::c_int;
+
+use pgrx::pg_sys;
+
+// Plain getters of PostgreSQL that never raise: called without pgrx's per-call setjmp, since
+// each runs once per value.
+unsafe extern "C" {
+    fn GetUserId() -> pg_sys::Oid;
+    fn GetCurrentStatementStartTimestamp() -> i64;
+}
+
+/// The current user: the one whose privileges count.
+#[inline]
+pub fn current_user() -> pg_sys::Oid {
+    // SAFETY: returns a static (src/backend/utils/init/miscinit.c).
+    unsafe { GetUserId() }
+}
+
+/// When the client's current statement began, in PostgreSQL's microseconds: names a statement.
+#[inline]
+pub fn statement() -> i64 {
+    // SAFETY: returns a static (src/backend/access/transam/xact.c).
+    unsafe { GetCurrentStatementStartTimestamp() }
+}
+
+/// The local id of the current top-level transaction; differs from one to the next.
+#[inline]
+pub fn local_transaction() -> u32 {
+    // SAFETY: MyProc is set in every backend that runs a query, and only we write its lxid.
+    #[cfg(any(feature = "pg15", feature = "pg16"))]
+    unsafe {
+        (*pg_sys::MyProc).lxid
+    }
+    // SAFETY: as above; the field has moved in 17.
+    #[cfg(feature = "pg18")]
+    unsafe {
+        (*pg_sys::MyProc).vxid.lxid
+    }
+}
+
+/// This process.
+#[inline]
+pub fn process() -> c_int {
+    // SAFETY: a static that is written once after fork.
+    unsafe { pg_sys::MyProcPid }
+}
+
+/// This session's database.
+pub fn database() -> pg_sys::Oid {
+    // SAFETY: a static that is written at start.
+    unsafe { pg_sys::MyDatabaseId }
+}
+
+/// Whether `user` has the privileges of `role` (membership with INHERIT, superusers have all).
+pub fn has_privileges_of(user: pg_sys::Oid, role: pg_sys::Oid) -> bool {
+    // SAFETY: syscache look-ups only.
+    unsafe { pg_sys::has_privs_of_role(user, role) }
+}
+
+/// Whether `user` is a superuser.
+pub fn is_superuser(user: pg_sys::Oid) -> bool {
+    // SAFETY: a syscache look-up.
+    unsafe { pg_sys::superuser_arg(user) }
+}
+
+/// The name of a role, or its number when it is gone.
+pub fn role_name(role: pg_sys::Oid) -> String {
+    // SAFETY: with noerr the function returns NULL for a missing role.
+    unsafe {
+        let name = pg_sys::GetUserNameFromId(role, true);
+        if name.is_null() { role.to_u32().to_string() } else { super::text::c_string(name) }
+    }
+}
+
+/// The role of that name, or None.
+pub fn role(name: &str) -> Option<pg_sys::Oid> {
+    let server = super::text::to_server(name.as_bytes()).ok()?.into_owned();
+    let name = std::ffi::CString::new(server).ok()?;
+    // SAFETY: a syscache look-up that may miss.
+    let oid = unsafe { pg_sys::get_role_oid(name.as_ptr(), true) };
+    (oid != pg_sys::InvalidOid).then_some(oid)
+}
+
+/// Takes RowExclusiveLock on `table` for the whole top-level transaction: a savepoint rollback
+/// does not release it. A lock also makes the session accept pending invalidations.
+pub fn lock_for_top_transaction(table: pg_sys::Oid) {
+    // SAFETY: TopTransactionResourceOwner exists in every transaction. The owner is put back
+    // before an error goes on, so that nothing else is charged to it.
+    unsafe {
+        let _owner = ResourceOwner(pg_sys::CurrentResourceOwner);
+        pg_sys::CurrentResourceOwner = pg_sys::TopTransactionResourceOwner;
+        pg_sys::LockRelationOid(table, pg_sys::RowExclusiveLock as i32);
+    }
+}
+
+struct ResourceOwner(pg_sys::ResourceOwner);
+
+impl Drop for ResourceOwner {
+    fn drop(&mut self) {
+        // SAFETY: the owner that was current when the guard was made, in the same transaction.
+        unsafe { pg_sys::CurrentResourceOwner = self.0 }
+    }
+}
+
+/// Acts as `owner` until dropped, with a search path that nobody can shadow.
+///
+/// `pg_catalog, pg_temp` unquoted is the only list in which a temporary table shadows nothing.
+pub struct ActAs {
+    user: pg_sys::Oid,
+    context: c_int,
+    nest: c_int,
+}
+
+impl ActAs {
+    /// Switches to `owner`, remembering the caller.
+    pub fn owner(owner: pg_sys::Oid) -> ActAs {
+        let mut user = pg_sys::InvalidOid;
+        let mut context = 0;
+        // SAFETY: reads two statics, then sets them; the nest level is closed in drop or by the
+        // transaction's abort. Same calls as ri_PerformCheck in src/backend/utils/adt/ri_triggers.c.
+        unsafe {
+            pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
+            let nest = pg_sys::NewGUCNestLevel();
+            let guard = ActAs { user, context, nest };
+            for (name, value) in [
+                (c"search_path", c"pg_catalog, pg_temp"),
+                (c"row_security", c"off"),
+                (c"check_function_bodies", c"off"),
+            ] {
+                pg_sys::set_config_option(
+                    name.as_ptr(),
+                    value.as_ptr(),
+                    pg_sys::GucContext::PGC_USERSET,
+                    pg_sys::GucSource::PGC_S_SESSION,
+                    pg_sys::GucAction::GUC_ACTION_SAVE,
+                    true,
+                    0,
+                    false,
+                );
+            }
+            pg_sys::SetUserIdAndSecContext(
+                owner,
+                context
+                    | pg_sys::SECURITY_LOCAL_USERID_CHANGE as c_int
+                    | pg_sys::SECURITY_NOFORCE_RLS as c_int,
+            );
+            guard
+        }
+    }
+}
+
+impl Drop for ActAs {
+    fn drop(&mut self) {
+        // SAFETY: sets back what `owner` read. While an error unwinds the abort closes the GUC
+        // nest level; the user is put back here in any case.
+        unsafe {
+            pg_sys::SetUserIdAndSecContext(self.user, self.context);
+            if !std::thread::panicking() {
+                pg_sys::AtEOXact_GUC(false, self.nest);
+            }
+        }
+    }
+}
+
+/// The owner of a table.
+pub fn table_owner(table: pg_sys::Oid) -> pg_sys::Oid {
+    // SAFETY: our own table, open while its row is read.
+    unsafe {
+        let relation = pg_sys::table_open(table, pg_sys::AccessShareLock as i32);
+        let owner = (*(*relation).rd_rel).relowner;
+        pg_sys::table_close(relation, pg_sys::AccessShareLock as i32);
+        owner
+    }
+}
+
+/// The data directory.
+pub fn data_directory() -> std::path::PathBuf {
+    use std::os::unix::ffi::OsStrExt;
+    // SAFETY: DataDir is a C string that is set before any library loads.
+    let bytes = unsafe { std::ffi::CStr::from_ptr(pg_sys::DataDir) }.to_bytes();
+    std::path::PathBuf::from(std::ffi::OsStr::from_bytes(bytes))
+}
+
+/// When the server last read its configuration.
+pub fn configuration_time() -> i64 {
+    // SAFETY: a static that is written at reload.
+    unsafe { pg_sys::PgReloadTime }
+}
+
+/// Whether the postmaster is loading its preload libraries now.
+pub fn in_preload() -> bool {
+    // SAFETY: a static.
+    unsafe { pg_sys::process_shared_preload_libraries_in_progress }
+}
+
+/// The operating-system user that the server runs as.
+pub fn server_user() -> u32 {
+    // SAFETY: never fails.
+    unsafe { libc::geteuid() }
+}
+
+/// Keeps a secret out of swap and core dumps, as far as the system allows.
+pub fn protect_memory(secret: &[u8]) {
+    // SAFETY: asks the kernel about the pages that hold the bytes, which are mapped; contents do
+    // not change. Failing is allowed: the limits on locked memory are small.
+    unsafe {
+        let page = usize::try_from(libc::sysconf(libc::_SC_PAGESIZE)).unwrap_or(4096);
+        let start = secret.as_ptr() as usize & !(page - 1);
+        let len = secret.as_ptr() as usize + secret.len() - start;
+        libc::mlock(start as *const _, len);
+        libc::madvise(start as *mut _, len, libc::MADV_DONTDUMP);
+    }
+}

@@ -1,0 +1,97 @@
+//! SQL that the extension runs as itself: as the owner of its catalog, under a pinned search
+//! path, with the catalog's own guard open.
+//!
+//! Called by src/catalog/ alone. Values travel as parameters, never inside the text.
+
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use pgrx::datum::DatumWithOid;
+use pgrx::{Spi, pg_sys};
+
+use super::session::{ActAs, table_owner};
+use crate::error::{Error, Result};
+
+static OWN_CODE: AtomicBool = AtomicBool::new(false);
+
+/// Whether the extension itself is changing its catalog now.
+pub fn is_own_code() -> bool {
+    OWN_CODE.load(Relaxed)
+}
+
+struct OwnCode(bool);
+
+impl OwnCode {
+    fn begin() -> OwnCode {
+        OwnCode(OWN_CODE.swap(true, Relaxed))
+    }
+}
+
+impl Drop for OwnCode {
+    fn drop(&mut self) {
+        OWN_CODE.store(self.0, Relaxed);
+    }
+}
+
+/// A parameter.
+pub enum Arg<'a> {
+    /// bigint
+    Bigint(i64),
+    /// text
+    Text(&'a str),
+    /// bytea
+    Bytea(&'a [u8]),
+    /// boolean, or NULL
+    Bool(Option<bool>),
+    /// text, or NULL
+    OptionalText(Option<&'a str>),
+    /// oid
+    Oid(pg_sys::Oid),
+    /// an interval datum of the caller's, or NULL
+    Interval(Option<pg_sys::Datum>),
+}
+
+impl Arg<'_> {
+    fn datum(&self) -> Result<DatumWithOid<'static>> {
+        let (datum, oid) = match self {
+            Arg::Bigint(v) => (Some(pg_sys::Datum::from(*v)), pg_sys::INT8OID),
+            Arg::Text(v) => (Some(super::text::text_datum(v)?), pg_sys::TEXTOID),
+            Arg::Bytea(v) => (Some(super::text::bytes_datum(v)?), pg_sys::BYTEAOID),
+            Arg::Bool(v) => (v.map(pg_sys::Datum::from), pg_sys::BOOLOID),
+            Arg::OptionalText(v) => {
+                (v.map(super::text::text_datum).transpose()?, pg_sys::TEXTOID)
+            }
+            Arg::Oid(v) => (Some(pg_sys::Datum::from(*v)), pg_sys::OIDOID),
+            Arg::Interval(v) => (*v, pg_sys::INTERVALOID),
+        };
+        Ok(match datum {
+            // SAFETY: each datum was made for the type beside it.
+            Some(datum) => unsafe { DatumWithOid::new(datum, oid) },
+            None => DatumWithOid::null_oid(oid),
+        })
+    }
+}
+
+/// Runs one statement as the catalog's owner and returns the number of rows it processed.
+pub fn run(sql: &str, args: &[Arg<'_>]) -> Result<usize> {
+    execute(sql, args, |table| Ok(table.len()))
+}
+
+/// Runs one statement as the catalog's owner and returns its first bigint, if there is a row.
+pub fn bigint(sql: &str, args: &[Arg<'_>]) -> Result<Option<i64>> {
+    execute(sql, args, |table| {
+        if table.is_empty() { Ok(None) } else { table.first().get_one::<i64>() }
+    })
+}
+
+fn execute<R>(
+    sql: &str,
+    args: &[Arg<'_>],
+    read: impl FnOnce(pgrx::spi::SpiTupleTable<'_>) -> pgrx::spi::SpiResult<R>,
+) -> Result<R> {
+    let args = args.iter().map(Arg::datum).collect::<Result<Vec<_>>>()?;
+    let keys = super::scan::relation(c"key_slot").ok_or(Error::NoCatalog)?;
+    let _own_code = OwnCode::begin();
+    let _act_as = ActAs::owner(table_owner(keys));
+    Spi::connect_mut(|client| read(client.update(sql, None, &args)?))
+        .map_err(|e| Error::Internal(e.to_string()))
+}

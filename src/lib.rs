@@ -1,0 +1,59 @@
+//! pg_rekey: envelope-key rotation for PostgreSQL columns. This file is the map.
+//!
+//! Imports point one way: api -> lifecycle, cache -> catalog -> ffi; the bytes, the cipher and
+//! the states are the pure crate rekey_core (src/core.rs), which needs no server.
+//!
+//! | module | job |
+//! |---|---|
+//! | `api` | the SQL functions, by subject |
+//! | `lifecycle` | creation, rotation, rollback, end of keys and slots |
+//! | `cache` | what a session keeps ready: slots, subkeys, privileges |
+//! | `typed` | values of any type as payloads, and back |
+//! | `root_key` | where root keys come from |
+//! | `catalog` | the only place that knows our tables |
+//! | `guc`, `error` | settings; the one table of errors |
+//! | `ffi` | raw PostgreSQL calls, fenced |
+
+use pgrx::prelude::*;
+
+mod api;
+mod cache;
+mod catalog;
+mod error;
+mod ffi;
+mod guc;
+mod lifecycle;
+mod root_key;
+mod typed;
+
+pgrx::pg_module_magic!(name, version);
+
+extension_sql_file!("../sql/catalog.sql", name = "catalog", bootstrap);
+extension_sql_file!("../sql/functions.sql", name = "functions", requires = ["catalog"]);
+extension_sql_file!("../sql/views.sql", name = "views", requires = ["functions"]);
+extension_sql_file!("../sql/guards.sql", name = "guards", requires = ["views"], finalize);
+
+/// Runs when the library is loaded: in the postmaster under shared_preload_libraries, else in
+/// the first backend that calls one of our functions.
+#[pg_guard]
+pub extern "C-unwind" fn _PG_init() {
+    guc::init();
+    ffi::hooks::init();
+    root_key::init();
+}
+
+#[cfg(any(test, feature = "pg_test"))]
+#[path = "../pg_test/mod.rs"]
+mod tests;
+
+/// What `cargo pgrx test` asks of an extension: how to start its server.
+#[cfg(test)]
+pub mod pg_test {
+    /// Called once, before the first test.
+    pub fn setup(_options: Vec<&str>) {}
+    /// Settings of the test server.
+    #[must_use]
+    pub fn postgresql_conf_options() -> Vec<&'static str> {
+        vec!["shared_preload_libraries = 'pg_rekey'"]
+    }
+}

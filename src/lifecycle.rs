@@ -1,0 +1,205 @@
+//! The life of keys and slots: creation, rotation, rollback, disabling, destruction.
+//!
+//! Called by src/api/. Each act locks the key's row first, so that acts on one key come one after
+//! the other, then reads the slots under a snapshot taken after the lock. A new slot is wrapped
+//! and unwrapped again before anything is written: a missing or wrong root key is found first.
+
+use rekey_core::cipher::{Dek, RootId};
+use rekey_core::envelope::SlotId;
+use rekey_core::keyring::SlotState;
+
+use crate::catalog::read::{self, SlotRow};
+use crate::catalog::write::{self, Audit};
+use crate::error::{Error, Result};
+use crate::ffi::text;
+use crate::root_key;
+
+/// A slot that exists in memory only: made, wrapped and unwrapped again.
+struct NewSlot {
+    id: SlotId,
+    check_value: [u8; 32],
+    wraps: Vec<(RootId, [u8; 73])>,
+}
+
+impl NewSlot {
+    fn make(key: &str) -> Result<NewSlot> {
+        let id = SlotId::random()?;
+        let dek = Dek::generate()?;
+        Ok(NewSlot { id, check_value: dek.check_value(id), wraps: wrap(&dek, id, key)? })
+    }
+
+    fn insert(self, key: &str, state: SlotState, action: &str, reason: &str) -> Result<SlotId> {
+        write::insert_slot(self.id, key, state, &self.check_value, reason, &self.wraps)?;
+        Audit {
+            action,
+            key: Some(key),
+            slot: Some(self.id),
+            from: None,
+            to: Some(state),
+            detail: reason,
+        }
+        .record()?;
+        Ok(self.id)
+    }
+}
+
+/// Creates a key with its first active slot; None when the name is taken.
+pub fn create_key(new: &write::NewKey<'_>) -> Result<Option<SlotId>> {
+    let slot = NewSlot::make(new.name)?;
+    if !write::insert_key(new)? {
+        return Ok(None);
+    }
+    slot.insert(new.name, SlotState::Active, "create_key", new.comment).map(Some)
+}
+
+/// Wraps a DEK under every root key that is in use and held here; the active one must be held.
+fn wrap(dek: &Dek, id: SlotId, key: &str) -> Result<Vec<(RootId, [u8; 73])>> {
+    let roots = read::root_keys()?;
+    if !roots.iter().any(|root| root.state == "active") {
+        return Err(Error::RootKey(
+            "This database has not adopted a root key yet.".to_string(),
+            "As a superuser run SELECT rekey.init_root_key().".to_string(),
+        ));
+    }
+    let mut wraps = Vec::new();
+    for root in roots.iter().filter(|root| root.state == "active" || root.state == "previous") {
+        if root.state != "active" && !root_key::holds(root.id) {
+            continue;
+        }
+        let wrapped = root_key::with_any(&[root.id], |_, held| {
+            if held.check()[..] != root.check[..] {
+                return Err(wrong_root_key(root.id));
+            }
+            let wrapped = held.wrap(dek, id, key)?;
+            match held.unwrap(&wrapped, id, key) {
+                Ok(again) if again.matches_check_value(id, &dek.check_value(id)) => Ok(wrapped),
+                _ => Err(Error::Internal("a key did not survive its wrapping".to_string())),
+            }
+        })??;
+        wraps.push((root.id, wrapped));
+    }
+    Ok(wraps)
+}
+
+/// Unwraps the DEK of a slot with a root key that this server holds, and checks it.
+pub fn unwrap(slot: &SlotRow) -> Result<Dek> {
+    let wraps = read::wraps(slot.id)?;
+    if wraps.is_empty() {
+        return Err(Error::RootKey(
+            format!("Slot {} has no wrapped key in the catalog.", slot.id),
+            "Was rekey.slot_wrap left out of a restore? Restore the whole dump.".to_string(),
+        ));
+    }
+    let roots: Vec<RootId> = wraps.iter().map(|(root, _)| *root).collect();
+    root_key::with_any(&roots, |root, held| {
+        let wrapped = wraps.iter().find(|(id, _)| *id == root).map_or(&[][..], |(_, w)| w);
+        match held.unwrap(wrapped, slot.id, &slot.key_name) {
+            Ok(dek) if dek.matches_check_value(slot.id, &slot.check_value) => Ok(dek),
+            _ => Err(Error::RootKey(
+                format!("Root key {root} does not unwrap the key of slot {}.", slot.id),
+                "The catalog row was altered or belongs to another key; restore it from a dump."
+                    .to_string(),
+            )),
+        }
+    })?
+}
+
+fn wrong_root_key(id: RootId) -> Error {
+    Error::RootKey(
+        format!("Root key {id} does not match its check value in the catalog."),
+        "Put the right keyring file in place and reload the configuration.".to_string(),
+    )
+}
+
+/// Locks a key and returns its slots by version; 42704 when there is no such key.
+pub fn lock(key: &str) -> Result<Vec<SlotRow>> {
+    if !write::lock_key(key)? {
+        return Err(Error::UnknownKey(key.to_string()));
+    }
+    read::slots_of(&text::to_server(key.as_bytes())?)
+}
+
+/// The slot of that id, its key locked; 42704 when there is none.
+pub fn lock_slot(id: i64) -> Result<SlotRow> {
+    let found = slot(id)?;
+    write::lock_key(&found.key_name)?;
+    slot(id)
+}
+
+/// The slot of that id; 42704 when there is none.
+pub fn slot(id: i64) -> Result<SlotRow> {
+    let unknown = || Error::UnknownSlot(id);
+    read::slot(SlotId::from_i64(id).ok_or_else(unknown)?)?.ok_or_else(unknown)
+}
+
+/// A new active slot; the one before stays readable as previous.
+pub fn rotate(key: &str, reason: &str) -> Result<SlotId> {
+    let slots = lock(key)?;
+    refuse_shredded(key)?;
+    let active = slots.iter().find(|slot| slot.state == SlotState::Active);
+    if let Some(pending) = slots.iter().find(|slot| slot.state == SlotState::Pending) {
+        unwrap(pending)?;
+        if let Some(active) = active {
+            write::transition(active, SlotState::Previous, "rotate_key", "")?;
+        }
+        write::transition(pending, SlotState::Active, "rotate_key", reason)?;
+        return Ok(pending.id);
+    }
+    // Made before anything is written: a missing root key leaves everything as it was.
+    let fresh = NewSlot::make(key)?;
+    if let Some(active) = active {
+        write::transition(active, SlotState::Previous, "rotate_key", "")?;
+    }
+    fresh.insert(key, SlotState::Active, "rotate_key", reason)
+}
+
+/// The latest superseded slot becomes active again, the active one previous.
+pub fn roll_back(key: &str) -> Result<SlotId> {
+    let slots = lock(key)?;
+    refuse_shredded(key)?;
+    let target = slots
+        .iter()
+        .filter(|slot| matches!(slot.state, SlotState::Previous | SlotState::Drained))
+        .filter(|slot| !slot.compromised)
+        .max_by_key(|slot| (slot.superseded_at, slot.version))
+        .ok_or_else(|| {
+            Error::State(
+                format!("key \"{key}\" has no slot to go back to"),
+                "Only a previous or drained slot that is not compromised can become active again."
+                    .to_string(),
+                "rekey.slots shows the states; rotate_key goes forward.".to_string(),
+            )
+        })?;
+    unwrap(target)?;
+    if let Some(active) = slots.iter().find(|slot| slot.state == SlotState::Active) {
+        write::transition(active, SlotState::Previous, "rollback_rotation", "")?;
+    }
+    write::transition(target, SlotState::Active, "rollback_rotation", "")?;
+    Ok(target.id)
+}
+
+/// Destroys every slot of a key and closes its name. Returns how many were destroyed.
+pub fn shred(key: &str, reason: &str) -> Result<i32> {
+    let slots = lock(key)?;
+    refuse_shredded(key)?;
+    let mut count = 0;
+    for slot in slots.iter().filter(|slot| slot.state != SlotState::Destroyed) {
+        write::transition(slot, SlotState::Destroyed, "shred_key", reason)?;
+        count += 1;
+    }
+    write::mark_shredded(key)?;
+    Ok(count)
+}
+
+fn refuse_shredded(key: &str) -> Result<()> {
+    match read::key(&text::to_server(key.as_bytes())?)? {
+        Some(row) if row.shredded => Err(Error::State(
+            format!("key \"{key}\" was shredded"),
+            "All its slots were destroyed on purpose.".to_string(),
+            "To use the name again: SELECT rekey.drop_key(key_name), then rekey.create_key."
+                .to_string(),
+        )),
+        Some(_) => Ok(()),
+        None => Err(Error::UnknownKey(key.to_string())),
+    }
+}

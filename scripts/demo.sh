@@ -116,8 +116,9 @@ say "6. Who may not read, does not"
 for role in shop_rotator postgres_reader; do
     [ "$role" = shop_rotator ] || sql "CREATE ROLE postgres_reader LOGIN"
     sql "GRANT SELECT ON customers TO $role"
-    answer=$("$CLUSTER_BIN/psql" -XAtq -U "$role" -v VERBOSITY=sqlstate \
-        -c "SELECT decrypt_col(name_c, rekey.context('customer.name', id::text)) FROM customers LIMIT 1" 2>&1 || true)
+    answer=$("$CLUSTER_BIN/psql" -XAtq -U "$role" -v VERBOSITY=sqlstate -c "
+        SELECT decrypt_col(name_c, rekey.context('customer.name', id::text))
+        FROM customers LIMIT 1" 2>&1 || true)
     [ "${answer##* }" != 42501 ] || answer=refused
     figure "opening as $role, without the privilege" "$answer" refused
 done

@@ -19,7 +19,8 @@ INSERT INTO bench.method (name, seals, query, floor) VALUES
     ('encrypt_col', true,
      'SELECT count(encrypt_col(c, ''bench'')) FROM bench.plain%1$s', 'plain'),
     ('encrypt_col with a context', true,
-     'SELECT count(encrypt_col(c, ''bench'', ''13:customer.note,'')) FROM bench.plain%1$s', 'plain'),
+     'SELECT count(encrypt_col(c, ''bench'', ''13:customer.note,'')) FROM bench.plain%1$s',
+     'plain'),
     ('decrypt_col_as, sealed in bulk', false,
      'SELECT count(decrypt_col_as(c, NULL::bytea)) FROM bench.bulk%1$s', 'bulk'),
     ('decrypt_col_as, sealed one by one', false,
@@ -48,34 +49,28 @@ SELECT 'values', s.label, m.name,
        CASE WHEN m.slow THEN s.pgp_rows ELSE s.rows END
 FROM bench.size AS s, bench.method AS m
 UNION ALL
-SELECT 'values', s.label, 'floor: ' || form, format('SELECT count(c || '''') FROM bench.%I', form || s.bytes),
+SELECT 'values', s.label, 'floor: ' || form,
+       format('SELECT count(c || '''') FROM bench.%I', form || s.bytes),
        CASE WHEN form = 'pgp' THEN s.pgp_rows ELSE s.rows END
-FROM bench.size AS s, unnest(ARRAY['plain', 'cbc', 'pgp', 'bulk', 'single']) AS form
-UNION ALL
-SELECT 'types', type, verb, format(query, col), 50000
+FROM bench.size AS s, unnest(ARRAY['plain', 'cbc', 'pgp', 'bulk', 'single']) AS form;
+
+-- %1$s is the column, %2$s the type.
+INSERT INTO bench.case (part, label, method, query, rows)
+SELECT 'types', type, method, format('SELECT count(' || query, col, type), 50000
 FROM (VALUES ('text', 't'), ('jsonb', 'j'), ('numeric', 'n')) AS types (type, col),
-     (VALUES ('encrypt_col', 'SELECT count(encrypt_col(%I, ''bench'')) FROM bench.typed'),
-             ('decrypt_col', 'SELECT count(decrypt_col(%I)) FROM bench.typed_sealed')) AS v (verb, query)
-UNION ALL
-SELECT 'types', type, 'decrypt_col_as',
-       format('SELECT count(decrypt_col_as(%I, NULL::%s)) FROM bench.typed_sealed', col, type), 50000
-FROM (VALUES ('text', 't'), ('jsonb', 'j'), ('numeric', 'n')) AS types (type, col)
-UNION ALL
-SELECT 'types', type, 'text form and back', format('SELECT count(%1$I::text::%2$s) FROM bench.typed', col, type), 50000
-FROM (VALUES ('text', 't'), ('jsonb', 'j'), ('numeric', 'n')) AS types (type, col)
-UNION ALL
-SELECT 'keys', which, 'encrypt_col', format('SELECT count(encrypt_col(c, k)) FROM bench.%I', which || '_key' || plural),
-       100000
-FROM (VALUES ('one', ''), ('many', 's')) AS w (which, plural)
-UNION ALL
-SELECT 'keys', which, 'decrypt_col_as',
-       format('SELECT count(decrypt_col_as(c, NULL::bytea)) FROM bench.%I', which || '_key' || plural || '_sealed'), 100000
-FROM (VALUES ('one', ''), ('many', 's')) AS w (which, plural)
-UNION ALL
-SELECT 'keys', which, 'floor: ' || verb,
-       format('SELECT count(c || '''') FROM bench.%I', which || '_key' || plural || suffix), 100000
-FROM (VALUES ('one', ''), ('many', 's')) AS w (which, plural),
-     (VALUES ('encrypt_col', ''), ('decrypt_col_as', '_sealed')) AS v (verb, suffix);
+     (VALUES ('encrypt_col', 'encrypt_col(%1$s, ''bench'')) FROM bench.typed'),
+             ('decrypt_col', 'decrypt_col(%1$s)) FROM bench.typed_sealed'),
+             ('decrypt_col_as', 'decrypt_col_as(%1$s, NULL::%2$s)) FROM bench.typed_sealed'),
+             ('text form and back', '%1$s::text::%2$s) FROM bench.typed')) AS v (method, query);
+
+-- %s is one_key or many_keys.
+INSERT INTO bench.case (part, label, method, query, rows)
+SELECT 'keys', label, method, format('SELECT count(' || query, label || suffix), 100000
+FROM (VALUES ('one', '_key'), ('many', '_keys')) AS w (label, suffix),
+     (VALUES ('encrypt_col', 'encrypt_col(c, k)) FROM bench.%s'),
+             ('floor: encrypt_col', 'c || '''') FROM bench.%s'),
+             ('decrypt_col_as', 'decrypt_col_as(c, NULL::bytea)) FROM bench.%s_sealed'),
+             ('floor: decrypt_col_as', 'c || '''') FROM bench.%s_sealed')) AS v (method, query);
 
 -- The backend's own memory in MiB, the shared buffers that it touched not counted.
 CREATE FUNCTION bench.private_memory() RETURNS numeric LANGUAGE sql AS $$
@@ -96,17 +91,18 @@ BEGIN
             EXECUTE c.query INTO counted;
             took := extract(epoch FROM clock_timestamp() - begin_at) * 1e6;
             IF counted <> c.rows THEN
-                RAISE EXCEPTION '% % %: % rows instead of %', c.part, c.label, c.method, counted, c.rows;
+                RAISE EXCEPTION '% % %: % rows instead of %',
+                    c.part, c.label, c.method, counted, c.rows;
             END IF;
             IF r > 0 THEN
                 INSERT INTO bench.sample VALUES (c.seq, r, took / c.rows);
             END IF;
             COMMIT;
         END LOOP;
-        IF r = 0 THEN
-            INSERT INTO bench.fact VALUES ('memory after the first round (MiB)', bench.private_memory());
-        ELSIF r = rounds THEN
-            INSERT INTO bench.fact VALUES ('memory after the last round (MiB)', bench.private_memory());
+        IF r IN (0, rounds) THEN
+            INSERT INTO bench.fact
+            VALUES (format('memory after the %s round (MiB)',
+                           CASE WHEN r = 0 THEN 'first' ELSE 'last' END), bench.private_memory());
         END IF;
         RAISE NOTICE 'round % of %', r, rounds;
     END LOOP;
@@ -118,12 +114,14 @@ CREATE PROCEDURE bench.measure_inserts(rounds integer) LANGUAGE plpgsql AS $$
 DECLARE
     m record;
     begin_at timestamptz;
+    seconds float8;
     samples float8[];
 BEGIN
     CREATE TABLE bench.stored (id bigint, c bytea);
     FOR m IN SELECT * FROM (VALUES
             ('plain', 'c'), ('encrypt_col', 'encrypt_col(c, ''bench'')'),
-            ('pgcrypto encrypt aes-cbc', format('encrypt(c, %L, ''aes'')', '\x' || repeat('5a', 32))))
+            ('pgcrypto encrypt aes-cbc',
+             format('encrypt(c, %L, ''aes'')', '\x' || repeat('5a', 32))))
             AS t (name, expression) LOOP
         samples := '{}';
         FOR r IN 1 .. rounds LOOP
@@ -133,7 +131,8 @@ BEGIN
             EXECUTE 'INSERT INTO bench.stored SELECT row_number() OVER (), ' || m.expression
                     || ' FROM bench.plain64';
             COMMIT;
-            samples := samples || (100000 / extract(epoch FROM clock_timestamp() - begin_at))::float8;
+            seconds := extract(epoch FROM clock_timestamp() - begin_at);
+            samples := samples || 100000 / seconds;
         END LOOP;
         INSERT INTO bench.fact
         SELECT 'rows stored per second, 64 B, ' || m.name,

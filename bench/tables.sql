@@ -48,7 +48,8 @@ $$;
 -- Other types: what an application stores, and its sealed form.
 CREATE UNLOGGED TABLE bench.typed AS
 SELECT 'customer.' || i || '@example.org' AS t,
-       jsonb_build_object('id', i, 'name', 'customer ' || i, 'tags', jsonb_build_array('a', 'b')) AS j,
+       jsonb_build_object('id', i, 'name', 'customer ' || i,
+                          'tags', jsonb_build_array('a', 'b')) AS j,
        (i * 7919 % 9000000)::numeric / 100 AS n
 FROM generate_series(1, 50000) AS i;
 CREATE UNLOGGED TABLE bench.typed_sealed AS

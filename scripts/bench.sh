@@ -20,7 +20,7 @@ CLUSTER_KEEP_LOG=$REKEY_WORK/bench-server.log
 # Durability costs nothing in what is measured (scans); without it the set-up is quicker.
 cluster_start release "shared_buffers = 768MB" "fsync = off" "synchronous_commit = off" \
     "max_wal_size = 8GB" "autovacuum = off"
-say "$(sql 'SHOW server_version'), pg_rekey $(sed -n 's/^version = "\(.*\)"/\1/p' "$REKEY_ROOT/Cargo.toml" | head -1)," \
+say "PostgreSQL $(sql 'SHOW server_version')," \
     "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1), $(nproc) CPUs"
 
 sql_file "$bench/tables.sql" >/dev/null

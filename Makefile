@@ -48,7 +48,7 @@ test-cluster: ## sessions, commits, workers, crashes and standbys over throwaway
 test-readme: ## run the README's examples
 	@scripts/test.sh readme
 
-fuzz: ## fuzz the parsers (FUZZ_SECONDS, default 30)
+fuzz: ## fuzz the parsers (REKEY_FUZZ_ITERATIONS, REKEY_FUZZ_SEED: fuzz/README.md)
 	@scripts/test.sh fuzz
 
 build: setup ## debug build into a private PostgreSQL tree

@@ -9,7 +9,11 @@ set -euo pipefail
 
 kind=${1:-debug}
 [ $# -eq 0 ] || shift
-case $kind in debug) profile=() ;; release) profile=(--release) ;; *) die "build debug or release?" ;; esac
+case $kind in
+debug) profile=() ;;
+release) profile=(--release) ;;
+*) die "build debug or release?" ;;
+esac
 
 make_work
 pg_config=$("$REKEY_ROOT/scripts/prefix.sh" "$REKEY_PG" "$kind")

@@ -30,10 +30,14 @@ missing_packages() {
 
 has_right_pgrx() { [ "$(cargo pgrx --version 2>/dev/null)" = "cargo-pgrx $wanted_pgrx" ]; }
 
+root=() # how to act as root: sudo, or nothing
+no_cluster=/etc/postgresql-common/createcluster.d/pg_rekey.conf
+forget_no_cluster() {
+    "${root[@]}" rm -f "$no_cluster"
+    "${root[@]}" rmdir "$(dirname "$no_cluster")" 2>/dev/null || true
+}
+
 install_packages() { # PACKAGE...
-    local -a root=()
-    # Folder and file go again when the script ends.
-    local no_cluster=/etc/postgresql-common/createcluster.d/pg_rekey.conf
     command -v apt-get >/dev/null ||
         die "this system has no apt-get; install the equivalents of: $*"
     if ! is_root; then
@@ -47,11 +51,12 @@ install_packages() { # PACKAGE...
     # told for this installation only.
     "${root[@]}" mkdir -p "$(dirname "$no_cluster")"
     echo "create_main_cluster = false" | "${root[@]}" tee "$no_cluster" >/dev/null
-    # shellcheck disable=SC2064
-    trap "${root[*]} rm -f '$no_cluster'; ${root[*]} rmdir '$(dirname "$no_cluster")' 2>/dev/null || :" EXIT
+    trap forget_no_cluster EXIT
     "${root[@]}" apt-get update -q
     "${root[@]}" env DEBIAN_FRONTEND=noninteractive \
         apt-get install -q -y --no-install-recommends "$@"
+    forget_no_cluster
+    trap - EXIT
 }
 
 install_pgrx() {

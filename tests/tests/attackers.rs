@@ -179,7 +179,7 @@ fn search_path_operators_and_temp_tables_catch_no_powerful_caller() {
         &format!("SELECT rekey.disable_slot({old}::bigint, force => true)"),
         &format!("SELECT rekey.enable_slot({old}::bigint)"),
         "SELECT rekey.can_open(c, ''), rekey.slot_id(c), rekey.is_envelope(c) FROM public.t",
-        "SELECT * FROM rekey.describe('\\xf901')",
+        "SELECT d.* FROM public.t, rekey.describe(c) d",
         "SELECT rekey.ready()",
         "SELECT * FROM rekey.keys",
         "SELECT * FROM rekey.slots",

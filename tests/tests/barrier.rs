@@ -137,20 +137,22 @@ fn a_procedure_that_commits_takes_it_anew() {
              SELECT count(*) FROM pg_locks WHERE relation = 'rekey.barrier'::regclass
              AND pid = pg_backend_pid() $$;
          CREATE PROCEDURE steps() LANGUAGE plpgsql AS $$
+         DECLARE noted bigint[];
          BEGIN
              PERFORM encrypt_col('x', 'pii');
-             INSERT INTO seen SELECT 1, locks();
+             noted := noted || locks();
              COMMIT;
-             INSERT INTO seen SELECT 2, locks();
+             noted := noted || locks();
              PERFORM encrypt_col('x', 'pii');
-             INSERT INTO seen SELECT 3, locks();
+             noted := noted || locks();
              ROLLBACK;
-             INSERT INTO seen SELECT 4, locks();
+             noted := noted || locks();
+             INSERT INTO seen SELECT ordinality, n FROM unnest(noted) WITH ORDINALITY AS u (n);
          END $$",
     );
     client.run("CALL steps()");
     let seen = client.column("SELECT step || ':' || locks FROM seen ORDER BY step");
-    assert_eq!(seen, ["1:1", "2:0", "4:0"]);
+    assert_eq!(seen, ["1:1", "2:0", "3:1", "4:0"]);
 }
 
 #[test]

@@ -281,10 +281,10 @@ fn disable_enable_and_destroy_follow_the_states() {
     client.refuse(&format!("SELECT rekey.enable_slot({old})"), "55000");
     client
         .refuse(&format!("SELECT rekey.disable_slot({old})"), "55000")
-        .hints("drain");
+        .names("drained");
     client
         .refuse(&format!("SELECT rekey.destroy_slot({old})"), "55000")
-        .hints("drain");
+        .names("drained");
     client.run(&format!("SELECT rekey.disable_slot({old}, force => true)"));
     client.refuse(
         &format!("SELECT rekey.disable_slot({old}, force => true)"),
@@ -512,7 +512,8 @@ fn policy_grants_and_force_are_audited() {
 #[test]
 fn the_audit_row_belongs_to_the_transaction_that_acted() {
     let (database, mut client) = session("audit_xid");
-    client.run("SELECT rekey.create_key('pii'); BEGIN; SELECT rotate_key('pii')");
+    client.run("SELECT rekey.create_key('pii')");
+    client.run("BEGIN; SELECT rotate_key('pii')");
     let same = client.truth(
         "SELECT bool_and(xid = pg_current_xact_id()) FROM rekey.audit WHERE action = 'rotate_key'",
     );

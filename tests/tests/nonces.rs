@@ -42,9 +42,8 @@ fn round(client: &mut Client, name: &str) -> Vec<String> {
     nonces.extend(batch(client));
     client.run("ROLLBACK; BEGIN; INSERT INTO plain DEFAULT VALUES");
     nonces.extend(batch(client));
-    client.run(&format!(
-        "PREPARE TRANSACTION '{name}'; COMMIT PREPARED '{name}'"
-    ));
+    client.run(&format!("PREPARE TRANSACTION '{name}'"));
+    client.run(&format!("COMMIT PREPARED '{name}'"));
     nonces
 }
 

@@ -260,7 +260,7 @@ fn text_and_bytea_passed_as_anyelement_keep_their_own_kinds() {
     let (_database, mut client) = session("by_any");
     client.run(
         "CREATE FUNCTION seal(v anyelement) RETURNS bytea LANGUAGE sql
-           RETURN encrypt_col(v, 'pii');
+           AS $$ SELECT encrypt_col(v, 'pii') $$;
          CREATE DOMAIN blob AS bytea",
     );
     assert_eq!(client.number("SELECT get_byte(seal('x'::text), 1)"), TEXT);

@@ -1,5 +1,5 @@
 -- Every error that a user can meet without a second server: SQLSTATE, message, DETAIL, HINT.
--- Slot ids and times are random and shown as <slot> and <time>.
+-- What is random is shown as <slot>, <root> and <time>.
 \set ECHO none
 SET client_min_messages = error;
 CREATE EXTENSION IF NOT EXISTS pg_rekey;
@@ -10,6 +10,7 @@ SELECT rekey.init_root_key() AS root_id \gset
 RESET client_min_messages;
 \set ECHO all
 \pset tuples_only on
+SET DateStyle = ISO;
 \pset format unaligned
 CREATE FUNCTION pg_temp.refusal(statement text) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
@@ -20,10 +21,10 @@ BEGIN
 EXCEPTION WHEN OTHERS THEN
     GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, message = MESSAGE_TEXT,
         detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
-    RETURN regexp_replace(regexp_replace(
+    RETURN regexp_replace(regexp_replace(regexp_replace(
         format(E'%s  %s\n  DETAIL:  %s\n  HINT:  %s', code, message, detail, hint),
-        '\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[.0-9]*[+-]\d\d', '<time>', 'g'),
-        '\d{10,}', '<slot>', 'g');
+        '\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[.0-9]*[+-][:0-9]*', '<time>', 'g'),
+        '[0-9a-f]{32}', '<root>', 'g'), '\d{10,}', '<slot>', 'g');
 END $$;
 CREATE FUNCTION pg_temp.slot(n int) RETURNS text LANGUAGE sql AS
     $$ SELECT slot_id::text FROM rekey.slots WHERE key_name = 'errors.pii' AND version = n $$;

@@ -8,11 +8,18 @@ SELECT rekey.init_root_key() AS root_id \gset
 \endif
 RESET client_min_messages;
 \set ECHO all
-\df encrypt_col
-\df decrypt_col
-\df decrypt_col_as
-\df rotate_key
-\df rekey.*
+SET IntervalStyle = postgres;
+\pset format unaligned
+\pset tuples_only on
+SELECT format(E'%s(%s) RETURNS %s\n    %s',
+              p.oid::regproc, pg_get_function_arguments(p.oid), pg_get_function_result(p.oid),
+              obj_description(p.oid, 'pg_proc'))
+  FROM pg_proc p JOIN pg_depend d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid
+ WHERE d.deptype = 'e' AND d.refclassid = 'pg_extension'::regclass
+   AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'pg_rekey')
+ ORDER BY p.oid::regprocedure::text COLLATE "C";
+\pset format aligned
+\pset tuples_only off
 \d rekey.keys
 \d rekey.slots
 \d rekey.grants
@@ -24,7 +31,7 @@ SELECT p.oid::regprocedure AS not_for_public
  WHERE pronamespace = 'rekey'::regnamespace
    AND NOT EXISTS (SELECT FROM aclexplode(coalesce(proacl, acldefault('f', proowner))) a
                     WHERE a.grantee = 0 AND a.privilege_type = 'EXECUTE')
- ORDER BY 1;
+ ORDER BY p.oid::regprocedure::text COLLATE "C";
 -- Tables and sequences are closed to everyone, views are open.
 SELECT relname, relkind,
        has_table_privilege('pg_database_owner', c.oid, 'SELECT') AS readable,
@@ -36,6 +43,6 @@ SELECT relname, relkind,
 SELECT c::regclass AS dumped, condition
   FROM pg_extension, unnest(extconfig, extcondition) AS u (c, condition)
  WHERE extname = 'pg_rekey'
- ORDER BY 1;
+ ORDER BY c::regclass::text COLLATE "C";
 -- Settings: who may change them.
 SELECT name, context, vartype, boot_val FROM pg_settings WHERE name LIKE 'rekey.%' ORDER BY name;

@@ -8,6 +8,8 @@ SELECT rekey.init_root_key() AS root_id \gset
 \endif
 RESET client_min_messages;
 \set ECHO all
+SET DateStyle = ISO;
+SET IntervalStyle = postgres;
 SELECT rekey.create_key('tour.pii') > 0 AS created;
 SET rekey.default_key = 'tour.pii';
 -- Text, bytea, and any other type.

@@ -75,7 +75,9 @@ stage_pg() {
         chown postgres:postgres "$data"
         as_postgres=(--runas postgres --pgdata "$data")
     fi
-    cargo pgrx test "pg$REKEY_PG" -p pg_rekey "${as_postgres[@]}"
+    # One at a time: each test makes the one root key and its keys in a transaction of its own, so
+    # that two would wait for each other.
+    RUST_TEST_THREADS=1 cargo pgrx test "pg$REKEY_PG" -p pg_rekey "${as_postgres[@]}"
 }
 
 passed=()

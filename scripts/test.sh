@@ -45,7 +45,7 @@ stage_shell() {
     fi
 }
 
-stage_core() { cargo test -p rekey-core; }
+stage_core() { cargo test -p rekey-core --no-fail-fast; }
 
 stage_vectors() { cargo test -p rekey-core --release --lib; }
 
@@ -60,7 +60,7 @@ stage_regress() { scripts/regress.sh; }
 
 stage_cluster() {
     scripts/build.sh debug || return 1
-    REKEY_PG_BIN=$(bindir) cargo test -p rekey-tests
+    REKEY_PG_BIN=$(bindir) cargo test -p rekey-tests --no-fail-fast
 }
 
 stage_readme() { scripts/readme.sh; }

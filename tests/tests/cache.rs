@@ -409,6 +409,96 @@ fn a_small_cache_serves_many_keys() {
 }
 
 #[test]
+fn a_statement_that_began_before_a_rotation_first_seals_under_the_new_slot() {
+    let database = database("began_before");
+    let (mut one, mut two) = (warm(&database), warm(&database));
+    one.run(
+        "CREATE FUNCTION wait_and_seal() RETURNS bigint LANGUAGE plpgsql AS $$
+         BEGIN
+             PERFORM pg_advisory_lock(7);
+             RETURN rekey.slot_id(encrypt_col('x', 'pii'));
+         END $$",
+    );
+    assert!(two.number("SELECT rekey.slot_id(encrypt_col('x', 'pii'))") > 0);
+    one.run("SELECT pg_advisory_lock(7)");
+    let pid = two.number("SELECT pg_backend_pid()");
+    thread::scope(|scope| {
+        let waiting = scope.spawn(move || two.number("SELECT wait_and_seal()"));
+        wait_until("the statement waits", || {
+            one.truth(&format!(
+                "SELECT wait_event_type IS NOT DISTINCT FROM 'Lock' \
+                 FROM pg_stat_activity WHERE pid = {pid}"
+            ))
+        });
+        let new = one.number("SELECT rotate_key('pii')");
+        one.run("SELECT pg_advisory_unlock(7)");
+        // Nobody held the barrier when the rotation committed, so that nobody would wait for this.
+        assert_eq!(waiting.join().expect("the waiting statement"), new);
+    });
+}
+
+#[test]
+fn a_prepared_rotation_counts_from_its_commit() {
+    let database = database("prepared");
+    for (end, counts) in [("ROLLBACK", false), ("COMMIT", true)] {
+        let (mut one, mut two) = (warm(&database), warm(&database));
+        let old = seals_under(&mut one);
+        one.run("BEGIN");
+        let new = one.number("SELECT rotate_key('pii')");
+        assert_eq!(seals_under(&mut one), new);
+        one.run("PREPARE TRANSACTION 'rotation'");
+        assert_eq!(seals_under(&mut one), old, "prepared is not committed");
+        assert_eq!(seals_under(&mut two), old);
+        database
+            .connect()
+            .run(&format!("{end} PREPARED 'rotation'"));
+        for client in [&mut one, &mut two] {
+            assert_eq!(
+                seals_under(client),
+                if counts { new } else { old },
+                "after {end}"
+            );
+            assert_eq!(client.text("SELECT decrypt_col(c) FROM t"), "one");
+        }
+    }
+}
+
+#[test]
+fn a_rotation_in_a_released_savepoint_goes_with_its_transaction() {
+    let database = database("released");
+    let mut client = warm(&database);
+    let old = seals_under(&mut client);
+    client.run("BEGIN; SAVEPOINT s");
+    let new = client.number("SELECT rotate_key('pii')");
+    client.run("RELEASE s");
+    assert_eq!(seals_under(&mut client), new);
+    client.run("ROLLBACK");
+    assert_eq!(seals_under(&mut client), old);
+}
+
+#[test]
+fn a_cache_that_shrinks_while_it_is_full_goes_on() {
+    let cluster = Cluster::start(Options::unloaded());
+    let mut client = cluster.database("shrinks").connect();
+    client.run(
+        "SELECT rekey.create_key('k' || i) FROM generate_series(1, 100) i;
+         CREATE TABLE t AS SELECT i, encrypt_col(i::text, 'k' || i) AS c
+             FROM generate_series(1, 100) i",
+    );
+    let opened = "SELECT count(*) FROM t WHERE decrypt_col(c) = i::text";
+    assert_eq!(client.number(opened), 100);
+    cluster.append("rekey.key_cache_slots = 16");
+    cluster.reload(&mut client);
+    for _ in 0..2 {
+        assert_eq!(client.number(opened), 100);
+        client
+            .run("BEGIN; SELECT encrypt_col('x', 'k' || i) FROM generate_series(1, 100) i; COMMIT");
+    }
+    client.run("DISCARD ALL");
+    assert_eq!(client.number(opened), 100);
+}
+
+#[test]
 fn values_of_one_transaction_share_a_salt_and_count_on() {
     let database = database("salts");
     let mut client = database.connect();
@@ -432,7 +522,15 @@ fn values_of_one_transaction_share_a_salt_and_count_on() {
         counter(&one[1]),
         "counts up by one"
     );
-    client.run("SET rekey.salt_per_value = on");
+    client.run("BEGIN");
+    let before = sealed(&mut client);
+    client.run("COMMIT AND CHAIN");
+    assert_ne!(
+        before[0][..12],
+        sealed(&mut client)[0][..12],
+        "chained transactions too"
+    );
+    client.run("COMMIT; SET rekey.salt_per_value = on");
     let own = sealed(&mut client);
     assert_ne!(own[0][..12], own[1][..12]);
     let opened = client.text("SELECT decrypt_col(encrypt_col('own', 'pii'))");

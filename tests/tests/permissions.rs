@@ -408,3 +408,42 @@ fn describe_tells_key_and_state_only_to_the_privileged() {
         0
     );
 }
+
+#[test]
+fn a_new_role_of_an_old_name_has_none_of_its_privileges() {
+    let (database, mut admin) = database("reborn");
+    let role = database.role("reader");
+    admin.run(&format!(
+        "SELECT rekey.grant_key('pii', '{role}', '{{decrypt}}')"
+    ));
+    database.connect_as(&role).run(OPEN);
+    admin.run(&format!(
+        "REVOKE ALL ON t FROM {role}; DROP ROLE {role}; CREATE ROLE {role} LOGIN"
+    ));
+    let mut client = database.connect_as(&role);
+    client.refuse(OPEN, "42501");
+    assert!(!client.truth("SELECT rekey.has_key_privilege('pii', 'decrypt')"));
+    let shown = admin.text("SELECT grantee FROM rekey.grants WHERE privilege = 'decrypt'");
+    assert!(
+        shown.bytes().all(|b| b.is_ascii_digit()),
+        "a dropped role is a number: {shown}"
+    );
+}
+
+#[test]
+fn a_read_only_transaction_administers_nothing() {
+    let (_database, mut admin) = database("read_only");
+    for call in [
+        "rotate_key('pii')",
+        "rekey.create_key('x')",
+        "rekey.set_policy('pii', custodian => 'x')",
+        "rekey.grant_key('pii', 'public', '{decrypt}')",
+        "rekey.rollback_rotation('pii')",
+        "rekey.shred_key('pii', 'x')",
+    ] {
+        admin.run("BEGIN READ ONLY");
+        admin.fail(&format!("SELECT {call}"), "25006");
+        admin.run("ROLLBACK");
+    }
+    admin.run(OPEN);
+}

@@ -39,6 +39,8 @@ fn schema(client: &mut Client) {
          INSERT INTO via VALUES (1, 'harmless');
          CREATE FUNCTION store(text) RETURNS void LANGUAGE plpgsql AS $$
              BEGIN INSERT INTO t VALUES (1, encrypt_col($1, 'pii')); END $$;
+         CREATE FUNCTION keep(text) RETURNS bytea LANGUAGE sql
+             AS $$ SELECT encrypt_col($1, 'pii') $$;
          CREATE TYPE mood AS ENUM ('CANARY-4f9d1c', 'calm');
          CREATE TABLE moods AS SELECT encrypt_col('CANARY-4f9d1c'::mood, 'pii') AS c;
          ALTER TYPE mood RENAME VALUE 'CANARY-4f9d1c' TO 'other';
@@ -79,6 +81,7 @@ fn failures() -> Vec<(String, &'static str)> {
             "23505",
         ),
         (format!("SELECT {seal}, 1 / (random() * 0)::int"), "22012"),
+        (format!("SELECT keep({canary}); SELECT 1 / 0"), "22012"),
         (format!("SELECT encrypt_col({canary}, 'nope')"), "42704"),
         (format!("SELECT encrypt_col({canary}, NULL)"), "22004"),
         (format!("SELECT encrypt_col(ROW({canary}), 'pii')"), "22023"),
@@ -183,6 +186,79 @@ fn a_value_is_in_no_error_context_that_the_client_sees() {
     let error = client.simple_query(sql).expect_err("the label is gone");
     let error = error.as_db_error().expect("the server's error");
     assert!(!format!("{error:?}").contains(CANARY), "{error:?}");
+}
+
+#[test]
+fn a_deadlock_report_does_not_quote_a_sealing_statement() {
+    let cluster = Cluster::start(options(true).set("deadlock_timeout = '50ms'"));
+    let mut one = cluster.database("app").connect();
+    schema(&mut one);
+    let mut two = cluster.connect("app");
+    one.run("BEGIN; SELECT pg_advisory_xact_lock(1)");
+    two.run("BEGIN; SELECT pg_advisory_xact_lock(2)");
+    let wait =
+        |key: i32| format!("SELECT encrypt_col('{CANARY}', 'pii'), pg_advisory_xact_lock({key})");
+    std::thread::scope(|scope| {
+        let (first, second) = (wait(2), wait(1));
+        let other = scope.spawn(move || one.attempt(&first).err());
+        let mine = two.attempt(&second).err();
+        drop(two);
+        let victim = mine
+            .or(other.join().expect("the other session"))
+            .expect("a victim");
+        assert_eq!(victim.code, "40P01");
+        assert!(!victim.text().contains(CANARY), "{victim:?}");
+    });
+    let log = cluster.log();
+    assert!(log.contains("deadlock detected"), "{log}");
+    assert!(!log.contains(CANARY), "{log}");
+}
+
+/// Starts a sealing statement that would last, ends its backend, and returns the log.
+fn log_of_ended_statement(cluster: &Cluster, end: impl FnOnce(&mut Client, i64)) -> String {
+    let mut admin = cluster.database("app").connect();
+    schema(&mut admin);
+    let mut victim = cluster.connect("app");
+    let pid = victim.number("SELECT pg_backend_pid()");
+    std::thread::scope(|scope| {
+        let sql = format!("SELECT encrypt_col('{CANARY}', 'pii'), pg_sleep(100)");
+        let running = scope.spawn(move || victim.batch_execute(&sql).is_err());
+        rekey_tests::wait_until("the statement sleeps", || {
+            admin.truth(&format!(
+                "SELECT wait_event IS NOT DISTINCT FROM 'PgSleep' \
+                 FROM pg_stat_activity WHERE pid = {pid}"
+            ))
+        });
+        end(&mut admin, pid);
+        assert!(
+            running.join().expect("the running statement"),
+            "it was ended"
+        );
+    });
+    cluster.log()
+}
+
+#[test]
+fn the_end_of_a_session_does_not_quote_its_sealing_statement() {
+    let cluster = Cluster::start(options(true));
+    let log = log_of_ended_statement(&cluster, |admin, pid| {
+        assert!(admin.truth(&format!("SELECT pg_terminate_backend({pid})")));
+    });
+    assert!(log.contains("terminating connection"), "{log}");
+    assert!(!log.contains(CANARY), "{log}");
+}
+
+#[test]
+fn a_crash_report_does_not_quote_a_sealing_statement() {
+    let cluster = Cluster::start(options(true));
+    let log = log_of_ended_statement(&cluster, |_, pid| {
+        cluster.kill_backend(pid);
+        rekey_tests::wait_until("the server has restarted", || {
+            cluster.try_connect("app").is_some()
+        });
+    });
+    assert!(log.contains("was terminated by signal 9"), "{log}");
+    assert!(!log.contains(CANARY), "{log}");
 }
 
 /// The forms in which key bytes might be written somewhere.

@@ -380,3 +380,11 @@ fn functions_are_declared_as_designed() {
         ]
     );
 }
+
+#[test]
+fn unknown_settings_of_our_prefix_are_refused() {
+    let (_database, mut client) = session("settings");
+    client.fail("SET rekey.defaultkey = 'pii'", "42602");
+    client.fail("SET rekey.root_key_file = '/tmp/x'", "55P02");
+    client.fail("SET rekey.key_cache_slots = 1000", "55P02");
+}

@@ -66,7 +66,7 @@ stage_cluster() {
 stage_readme() { scripts/readme.sh; }
 
 stage_pg() {
-    local data=$REKEY_WORK/pgtest
+    local data=$REKEY_WORK/pgtest keys=$REKEY_WORK/pgtest-keys
     local -a as_postgres=()
     scripts/prefix.sh "$REKEY_PG" debug >/dev/null || return 1
     if is_root; then
@@ -77,7 +77,10 @@ stage_pg() {
     fi
     # One at a time: each test makes the one root key and its keys in a transaction of its own, so
     # that two would wait for each other.
-    RUST_TEST_THREADS=1 cargo pgrx test "pg$REKEY_PG" -p pg_rekey "${as_postgres[@]}"
+    rm -rf "$keys"
+    mkdir -m 700 "$keys"
+    ! is_root || chown postgres:postgres "$keys"
+    REKEY_TEST_KEYS=$keys RUST_TEST_THREADS=1 cargo pgrx test "pg$REKEY_PG" -p pg_rekey "${as_postgres[@]}"
 }
 
 passed=()

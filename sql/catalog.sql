@@ -139,6 +139,7 @@ CREATE TABLE rekey.quarantine (
     next_try      timestamptz
 );
 COMMENT ON TABLE rekey.quarantine IS 'Rows that could not be re-encrypted, never their values; not dumped';
+COMMENT ON SEQUENCE rekey.quarantine_quarantine_id_seq IS 'Numbers of the entries';
 COMMENT ON COLUMN rekey.quarantine.quarantine_id IS 'Number of the entry';
 COMMENT ON COLUMN rekey.quarantine.table_name IS 'Table';
 COMMENT ON COLUMN rekey.quarantine.row_ref IS 'Primary key or ctid of the row';

@@ -90,23 +90,37 @@ pub fn seal<R>(
 ) -> Result<R> {
     enter_barrier()?;
     let slot = sealing_slot(name, context_bound)?;
-    let header = Header { slot, kind, context_bound };
+    let header = Header {
+        slot,
+        kind,
+        context_bound,
+    };
     with_cache(|cache| {
         let entry = cache.sealable(slot)?;
         let epoch = hooks::sealing_epoch();
         let process = session::process();
         let usable = !guc::salt_per_value()
-            && entry.sealing.as_ref().is_some_and(|s| {
-                s.epoch == epoch && s.process == process && s.state.fits(len)
-            });
+            && entry
+                .sealing
+                .as_ref()
+                .is_some_and(|s| s.epoch == epoch && s.process == process && s.state.fits(len));
         if !usable {
             let cipher = entry.cipher.as_ref().ok_or_else(no_cipher)?;
             let state = SealState::new(cipher)?;
-            entry.sealing = Some(Sealing { epoch, process, state });
+            entry.sealing = Some(Sealing {
+                epoch,
+                process,
+                state,
+            });
         }
         let state = &mut entry.sealing.as_mut().ok_or_else(no_cipher)?.state;
         let counter = state.next(len);
-        let sealer = Sealer { header, salt: *state.salt(), counter, subkey: state.subkey() };
+        let sealer = Sealer {
+            header,
+            salt: *state.salt(),
+            counter,
+            subkey: state.subkey(),
+        };
         Ok(seal(sealer))
     })
 }
@@ -140,7 +154,9 @@ pub fn open<R>(
         let Cache { slots, subkeys, .. } = cache;
         let entry = slots.peek(&slot).ok_or_else(no_cipher)?;
         let cipher = entry.cipher.as_ref().ok_or_else(no_cipher)?;
-        subkeys.open_with(cipher, (slot, *envelope.salt), open).map_err(error::authentication(slot))
+        subkeys
+            .open_with(cipher, (slot, *envelope.salt), open)
+            .map_err(error::authentication(slot))
     })
 }
 
@@ -152,7 +168,10 @@ fn prepare_open(slot: SlotId, user: Oid, bound: bool, context: &[u8]) -> Result<
         return Err(lacks(user, &row.slot.key_name, Privilege::Decrypt));
     }
     if !row.slot.state.opens() {
-        let when = row.slot.closed_at.map_or_else(String::new, types::timestamp_text);
+        let when = row
+            .slot
+            .closed_at
+            .map_or_else(String::new, types::timestamp_text);
         return Err(Error::SlotClosed(slot, row.slot.state, when));
     }
     match (bound, context.is_empty()) {
@@ -172,15 +191,23 @@ fn sealing_slot(name: &[u8], context_bound: bool) -> Result<SlotId> {
     let user = session::current_user();
     let generation = hooks::generation();
     let known = with_cache(|cache| {
-        let Some(entry) = cache.keys.get(name) else { return Ok(None) };
+        let Some(entry) = cache.keys.get(name) else {
+            return Ok(None);
+        };
         let usable = entry.generation == generation
             && entry.user == user
             && entry.may_encrypt
             && entry.seals
             && (context_bound || !entry.require_context);
-        let Some(slot) = entry.active.filter(|_| usable) else { return Ok(None) };
+        let Some(slot) = entry.active.filter(|_| usable) else {
+            return Ok(None);
+        };
         // The slot may have been evicted, or have lost its cipher.
-        Ok(cache.slots.peek(&slot).is_some_and(|s| s.cipher.is_some()).then_some(slot))
+        Ok(cache
+            .slots
+            .peek(&slot)
+            .is_some_and(|s| s.cipher.is_some())
+            .then_some(slot))
     })?;
     match known {
         Some(slot) => Ok(slot),
@@ -276,7 +303,10 @@ fn refresh_slot(id: SlotId, user: Oid, wanted: Privilege) -> Result<Refreshed> {
 /// Unwraps the slot's key if the session has no cipher of it yet.
 fn ensure_cipher(slot: &read::SlotRow) -> Result<()> {
     let present = with_cache(|cache| {
-        Ok(cache.slots.peek(&slot.id).is_some_and(|entry| entry.cipher.is_some()))
+        Ok(cache
+            .slots
+            .peek(&slot.id)
+            .is_some_and(|entry| entry.cipher.is_some()))
     })?;
     if present {
         return Ok(());
@@ -354,7 +384,11 @@ struct Subkeys {
 impl Subkeys {
     fn new(bound: NonZeroUsize) -> Subkeys {
         let seen = vec![0; bound.get().next_power_of_two()].into_boxed_slice();
-        Subkeys { kept: bounded(bound), last: None, seen }
+        Subkeys {
+            kept: bounded(bound),
+            last: None,
+            seen,
+        }
     }
 
     #[inline]
@@ -393,8 +427,12 @@ impl Subkeys {
 
     fn forget(&mut self, slot: SlotId) {
         self.last.take_if(|(name, _)| name.0 == slot);
-        let names: Vec<SubkeyName> =
-            self.kept.iter().map(|(name, _)| *name).filter(|name| name.0 == slot).collect();
+        let names: Vec<SubkeyName> = self
+            .kept
+            .iter()
+            .map(|(name, _)| *name)
+            .filter(|name| name.0 == slot)
+            .collect();
         for name in names {
             self.kept.pop(&name);
         }

@@ -47,8 +47,8 @@ pub enum Error {
     State(String, String, String),
     /// The user lacks a privilege on a key: role, key, privilege.
     KeyPrivilege(String, String, Privilege),
-    /// The user may not do this at all: message, hint.
-    Privilege(String, String),
+    /// The user may not do this at all: message, detail, hint.
+    Privilege(String, String, String),
     /// No usable root key: detail, hint.
     RootKey(String, String),
     /// A type that cannot be sealed or opened to: type, reason.
@@ -59,8 +59,8 @@ pub enum Error {
     UnknownType(String),
     /// Users' code refused: its SQLSTATE, our words.
     Foreign {
-        /// SQLSTATE of the original error.
-        code: Code,
+        /// SQLSTATE of the original error, in PostgreSQL's coding: users make their own.
+        code: i32,
         /// What failed.
         what: &'static str,
     },
@@ -113,6 +113,14 @@ impl Error {
     /// Raises the error. Does not return.
     #[cold]
     pub fn raise(self) -> ! {
+        if let Error::Foreign { code, what } = self {
+            crate::ffi::types::raise(
+                code,
+                &format!("the value could not be converted: {what}"),
+                "The original message is withheld, since it may quote the value.",
+                "Check that the value fits the type that was asked for.",
+            );
+        }
         let (code, message, detail, hint) = self.texts();
         let mut report = ErrorReport::new(code, message, function_name!());
         if !detail.is_empty() {
@@ -210,7 +218,7 @@ impl Error {
             Error::KeyExists(key) => (
                 ERRCODE_DUPLICATE_OBJECT,
                 format!("key \"{key}\" already exists"),
-                String::new(),
+                "A key keeps its name for good, whatever happens to its slots.".to_string(),
                 "Pass if_not_exists => true to accept an existing key; rotate_key gives it a new \
                  slot."
                     .to_string(),
@@ -218,7 +226,7 @@ impl Error {
             Error::UnknownRole(role) => (
                 ERRCODE_UNDEFINED_OBJECT,
                 format!("role \"{role}\" does not exist"),
-                String::new(),
+                "Privileges on keys are granted to roles of this cluster.".to_string(),
                 "Use the role's exact name, or 'public' for everyone.".to_string(),
             ),
             Error::UnknownSlot(slot) => (
@@ -250,9 +258,12 @@ impl Error {
                 }
                 .to_string(),
             ),
-            Error::State(message, detail, hint) => {
-                (ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, message, detail, hint)
-            }
+            Error::State(message, detail, hint) => (
+                ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                message,
+                detail,
+                hint,
+            ),
             Error::KeyPrivilege(role, key, privilege) => (
                 ERRCODE_INSUFFICIENT_PRIVILEGE,
                 format!("permission denied for key \"{key}\""),
@@ -262,8 +273,8 @@ impl Error {
                      role_name, '{{{privilege}}}')."
                 ),
             ),
-            Error::Privilege(message, hint) => {
-                (ERRCODE_INSUFFICIENT_PRIVILEGE, message, String::new(), hint)
+            Error::Privilege(message, detail, hint) => {
+                (ERRCODE_INSUFFICIENT_PRIVILEGE, message, detail, hint)
             }
             Error::RootKey(detail, hint) => (
                 ERRCODE_CONFIG_FILE_ERROR,
@@ -275,8 +286,7 @@ impl Error {
                 ERRCODE_INVALID_PARAMETER_VALUE,
                 format!("values of type {name} cannot be sealed"),
                 format!("Reason: {reason}."),
-                "Cast the value to text or to a type with a portable text form first."
-                    .to_string(),
+                "Cast the value to text or to a type with a portable text form first.".to_string(),
             ),
             Error::NoCast(from, to) => (
                 ERRCODE_DATATYPE_MISMATCH,
@@ -288,15 +298,11 @@ impl Error {
             Error::UnknownType(name) => (
                 ERRCODE_UNDEFINED_OBJECT,
                 format!("the envelope holds a value of type {name}, which does not exist here"),
-                String::new(),
+                "The type's name is part of the sealed value.".to_string(),
                 "decrypt_col returns its text form without the type.".to_string(),
             ),
-            Error::Foreign { code, what } => (
-                code,
-                format!("the value could not be converted: {what}"),
-                "The original message is withheld, since it may quote the value.".to_string(),
-                "Check that the value fits the type that was asked for.".to_string(),
-            ),
+            // Raised before, since its SQLSTATE may be nobody's but the user's.
+            Error::Foreign { what, .. } => entry(ERRCODE_INTERNAL_ERROR, what, String::new(), ""),
             Error::NotEncodable => entry(
                 ERRCODE_CHARACTER_NOT_IN_REPERTOIRE,
                 "text cannot be converted between UTF-8 and the database encoding",
@@ -341,9 +347,12 @@ impl Error {
                     .to_string(),
                 "\\df rekey.* lists the functions.".to_string(),
             ),
-            Error::Internal(message) => {
-                (ERRCODE_INTERNAL_ERROR, message, String::new(), String::new())
-            }
+            Error::Internal(message) => (
+                ERRCODE_INTERNAL_ERROR,
+                message,
+                String::new(),
+                String::new(),
+            ),
         }
     }
 }

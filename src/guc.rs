@@ -75,7 +75,11 @@ pub fn default_key<'a>() -> &'a [u8] {
     // happen within the call that reads it.
     unsafe {
         let value = *DEFAULT_KEY.as_ptr();
-        if value.is_null() { b"" } else { CStr::from_ptr(value).to_bytes() }
+        if value.is_null() {
+            b""
+        } else {
+            CStr::from_ptr(value).to_bytes()
+        }
     }
 }
 

@@ -29,9 +29,18 @@ mod typed;
 pgrx::pg_module_magic!(name, version);
 
 extension_sql_file!("../sql/catalog.sql", name = "catalog", bootstrap);
-extension_sql_file!("../sql/functions.sql", name = "functions", requires = ["catalog"]);
+extension_sql_file!(
+    "../sql/functions.sql",
+    name = "functions",
+    requires = ["catalog"]
+);
 extension_sql_file!("../sql/views.sql", name = "views", requires = ["functions"]);
-extension_sql_file!("../sql/guards.sql", name = "guards", requires = ["views"], finalize);
+extension_sql_file!(
+    "../sql/guards.sql",
+    name = "guards",
+    requires = ["views"],
+    finalize
+);
 
 /// Runs when the library is loaded: in the postmaster under shared_preload_libraries, else in
 /// the first backend that calls one of our functions.
@@ -51,9 +60,17 @@ mod tests;
 pub mod pg_test {
     /// Called once, before the first test.
     pub fn setup(_options: Vec<&str>) {}
-    /// Settings of the test server.
+    /// Settings of the test server. The root key lies outside its data directory: in the folder
+    /// that scripts/test.sh makes for it, or in the system's temporary folder.
     #[must_use]
     pub fn postgresql_conf_options() -> Vec<&'static str> {
-        vec!["shared_preload_libraries = 'pg_rekey'"]
+        let folder = std::env::var_os("REKEY_TEST_KEYS")
+            .map_or_else(std::env::temp_dir, std::path::PathBuf::from);
+        let file = folder.join(format!("pg_rekey-test-{}.json", std::process::id()));
+        let root_key = format!("rekey.root_key_file = '{}'", file.display());
+        vec![
+            "shared_preload_libraries = 'pg_rekey'",
+            Box::leak(root_key.into_boxed_str()),
+        ]
     }
 }

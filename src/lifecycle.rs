@@ -25,7 +25,11 @@ impl NewSlot {
     fn make(key: &str) -> Result<NewSlot> {
         let id = SlotId::random()?;
         let dek = Dek::generate()?;
-        Ok(NewSlot { id, check_value: dek.check_value(id), wraps: wrap(&dek, id, key)? })
+        Ok(NewSlot {
+            id,
+            check_value: dek.check_value(id),
+            wraps: wrap(&dek, id, key)?,
+        })
     }
 
     fn insert(self, key: &str, state: SlotState, action: &str, reason: &str) -> Result<SlotId> {
@@ -49,7 +53,8 @@ pub fn create_key(new: &write::NewKey<'_>) -> Result<Option<SlotId>> {
     if !write::insert_key(new)? {
         return Ok(None);
     }
-    slot.insert(new.name, SlotState::Active, "create_key", new.comment).map(Some)
+    slot.insert(new.name, SlotState::Active, "create_key", new.comment)
+        .map(Some)
 }
 
 /// Wraps a DEK under every root key that is in use and held here; the active one must be held.
@@ -62,7 +67,10 @@ fn wrap(dek: &Dek, id: SlotId, key: &str) -> Result<Vec<(RootId, [u8; 73])>> {
         ));
     }
     let mut wraps = Vec::new();
-    for root in roots.iter().filter(|root| root.state == "active" || root.state == "previous") {
+    for root in roots
+        .iter()
+        .filter(|root| root.state == "active" || root.state == "previous")
+    {
         if root.state != "active" && !root_key::holds(root.id) {
             continue;
         }
@@ -73,7 +81,9 @@ fn wrap(dek: &Dek, id: SlotId, key: &str) -> Result<Vec<(RootId, [u8; 73])>> {
             let wrapped = held.wrap(dek, id, key)?;
             match held.unwrap(&wrapped, id, key) {
                 Ok(again) if again.matches_check_value(id, &dek.check_value(id)) => Ok(wrapped),
-                _ => Err(Error::Internal("a key did not survive its wrapping".to_string())),
+                _ => Err(Error::Internal(
+                    "a key did not survive its wrapping".to_string(),
+                )),
             }
         })??;
         wraps.push((root.id, wrapped));
@@ -92,11 +102,17 @@ pub fn unwrap(slot: &SlotRow) -> Result<Dek> {
     }
     let roots: Vec<RootId> = wraps.iter().map(|(root, _)| *root).collect();
     root_key::with_any(&roots, |root, held| {
-        let wrapped = wraps.iter().find(|(id, _)| *id == root).map_or(&[][..], |(_, w)| w);
+        let wrapped = wraps
+            .iter()
+            .find(|(id, _)| *id == root)
+            .map_or(&[][..], |(_, w)| w);
         match held.unwrap(wrapped, slot.id, &slot.key_name) {
             Ok(dek) if dek.matches_check_value(slot.id, &slot.check_value) => Ok(dek),
             _ => Err(Error::RootKey(
-                format!("Root key {root} does not unwrap the key of slot {}.", slot.id),
+                format!(
+                    "Root key {root} does not unwrap the key of slot {}.",
+                    slot.id
+                ),
                 "The catalog row was altered or belongs to another key; restore it from a dump."
                     .to_string(),
             )),
@@ -183,7 +199,10 @@ pub fn shred(key: &str, reason: &str) -> Result<i32> {
     let slots = lock(key)?;
     refuse_shredded(key)?;
     let mut count = 0;
-    for slot in slots.iter().filter(|slot| slot.state != SlotState::Destroyed) {
+    for slot in slots
+        .iter()
+        .filter(|slot| slot.state != SlotState::Destroyed)
+    {
         write::transition(slot, SlotState::Destroyed, "shred_key", reason)?;
         count += 1;
     }

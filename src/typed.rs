@@ -12,8 +12,8 @@ use rekey_core::envelope::{Kind, split_typed, typed_prefix};
 
 use crate::error::{Error, Result};
 use crate::ffi::call::Call;
-use crate::ffi::types::{self, Cast, Function};
 use crate::ffi::text;
+use crate::ffi::types::{self, Cast, Function};
 
 /// How values of one type are sealed.
 pub enum Sealable {
@@ -41,8 +41,7 @@ impl Sealable {
             return Err(Error::RefusedType(types::display_name(type_oid), reason));
         }
         let name = types::sealed_name(base);
-        let prefix = typed_prefix(&name)
-            .ok_or_else(|| Error::RefusedType(name, "its name is too long"))?;
+        let prefix = typed_prefix(&name).ok_or(Error::RefusedType(name, "its name is too long"))?;
         let output = call.for_the_query(|| Function::output_of(base));
         Ok(Sealable::Typed { prefix, output })
     }
@@ -77,7 +76,11 @@ impl Target {
         if let Some(reason) = types::refusal(type_oid) {
             return Err(Error::RefusedType(types::display_name(type_oid), reason));
         }
-        Ok(Target { type_oid, base, source: RefCell::new(None) })
+        Ok(Target {
+            type_oid,
+            base,
+            source: RefCell::new(None),
+        })
     }
 
     /// Whether the payload of a sealed bytea is the value as it stands.
@@ -98,9 +101,15 @@ impl Target {
             Kind::Typed => split_typed(payload)?,
         };
         let mut source = self.source.borrow_mut();
-        if source.as_ref().is_none_or(|s| s.sealed_name != name.as_bytes()) {
+        if source
+            .as_ref()
+            .is_none_or(|s| s.sealed_name != name.as_bytes())
+        {
             let conversion = self.conversion(call, kind, name)?;
-            *source = Some(Source { sealed_name: name.as_bytes().to_vec(), conversion });
+            *source = Some(Source {
+                sealed_name: name.as_bytes().to_vec(),
+                conversion,
+            });
         }
         let Some(Source { conversion, .. }) = source.as_ref() else {
             return Err(Error::Internal("no conversion".to_string()));
@@ -110,7 +119,11 @@ impl Target {
             Conversion::Text if kind == Kind::Bytea => text::bytes_datum(&hex(body))?,
             Conversion::Text => text::bytes_datum(&text::to_server(body)?)?,
             Conversion::Input(input, cast) => {
-                let form = if kind == Kind::Bytea { hex(body) } else { text::to_server(body)?.into_owned() };
+                let form = if kind == Kind::Bytea {
+                    hex(body)
+                } else {
+                    text::to_server(body)?.into_owned()
+                };
                 let form = CString::new(form).map_err(|_| Error::NotEncodable)?;
                 let value = input.input(&form)?;
                 match cast {
@@ -152,7 +165,10 @@ impl Target {
             Some(Cast::ThroughText) if sealed != pg_sys::TEXTOID => {
                 Ok(Conversion::Input(input_of(self.base), None))
             }
-            _ => Err(Error::NoCast(name.to_string(), types::display_name(self.type_oid))),
+            _ => Err(Error::NoCast(
+                name.to_string(),
+                types::display_name(self.type_oid),
+            )),
         }
     }
 }

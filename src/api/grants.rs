@@ -25,7 +25,11 @@ pub fn require(key: &str, privilege: Privilege) -> Result<()> {
     if privileges_of(key, user)?.implies(privilege) {
         return Ok(());
     }
-    Err(Error::KeyPrivilege(session::role_name(user), key.to_string(), privilege))
+    Err(Error::KeyPrivilege(
+        session::role_name(user),
+        key.to_string(),
+        privilege,
+    ))
 }
 
 /// Whether the views show a key to the current user: any privilege on it, or pg_monitor.
@@ -44,8 +48,8 @@ fn privilege(name: &str) -> Result<Privilege> {
     Privilege::parse(name).ok_or_else(|| {
         Error::Argument(
             format!("unknown privilege \"{name}\""),
-            String::new(),
             "The privileges on a key are owner, manage, rotate, encrypt and decrypt.".to_string(),
+            "Name them in an array, for example '{encrypt,decrypt}'.".to_string(),
         )
     })
 }
@@ -67,8 +71,11 @@ fn change(call: &Call) -> Result<(String, String, Oid, Vec<Privilege>)> {
         .into_iter()
         .map(|name| privilege(&name.ok_or(Error::NullArgument("a privilege"))?))
         .collect::<Result<Vec<_>>>()?;
-    let needed =
-        if wanted.contains(&Privilege::Owner) { Privilege::Owner } else { Privilege::Manage };
+    let needed = if wanted.contains(&Privilege::Owner) {
+        Privilege::Owner
+    } else {
+        Privilege::Manage
+    };
     require(&key, needed)?;
     let oid = grantee(&role)?;
     write::lock_key(&key)?;
@@ -78,12 +85,21 @@ fn change(call: &Call) -> Result<(String, String, Oid, Vec<Privilege>)> {
 fn audit(action: &str, key: &str, role: &str, privileges: &[Privilege]) -> Result<()> {
     let names: Vec<&str> = privileges.iter().map(|p| p.name()).collect();
     let detail = format!("{} on {role}", names.join(", "));
-    Audit { action, key: Some(key), slot: None, from: None, to: None, detail: &detail }.record()
+    Audit {
+        action,
+        key: Some(key),
+        slot: None,
+        from: None,
+        to: None,
+        detail: &detail,
+    }
+    .record()
 }
 
 #[pg_extern(sql = false)]
 fn grant_key(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
+        session::refuse_read_only(c"grant_key()");
         let (key, role, oid, privileges) = change(&call)?;
         for privilege in &privileges {
             write::insert_grant(&key, oid, *privilege)?;
@@ -96,6 +112,7 @@ fn grant_key(fcinfo: FunctionCallInfo) -> Reply {
 #[pg_extern(sql = false)]
 fn revoke_key(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
+        session::refuse_read_only(c"revoke_key()");
         let (key, role, oid, privileges) = change(&call)?;
         for privilege in &privileges {
             write::delete_grant(&key, oid, *privilege)?;

@@ -29,14 +29,18 @@ fn slot_id(fcinfo: FunctionCallInfo) -> Reply {
 #[pg_extern(sql = false)]
 fn is_envelope(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
-        Ok(call.datum(0).map_or_else(Reply::null, |d| Reply::bool(header(d).is_some())))
+        Ok(call
+            .datum(0)
+            .map_or_else(Reply::null, |d| Reply::bool(header(d).is_some())))
     })
 }
 
 #[pg_extern(sql = false)]
 fn describe(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
-        let Some(bytes) = call.bytes(0) else { return Ok(Reply::null()) };
+        let Some(bytes) = call.bytes(0) else {
+            return Ok(Reply::null());
+        };
         let envelope = Envelope::parse(bytes)?;
         let header = envelope.header;
         let slot = read::slot(header.slot)?;
@@ -45,8 +49,14 @@ fn describe(fcinfo: FunctionCallInfo) -> Reply {
             None => false,
         };
         let shown = slot.filter(|_| visible);
-        let key = shown.as_ref().map(|s| text::text_datum(&s.key_name)).transpose()?;
-        let state = shown.as_ref().map(|s| text::text_datum(s.state.name())).transpose()?;
+        let key = shown
+            .as_ref()
+            .map(|s| text::text_datum(&s.key_name))
+            .transpose()?;
+        let state = shown
+            .as_ref()
+            .map(|s| text::text_datum(s.state.name()))
+            .transpose()?;
         let kind = text::text_datum(header.kind.name())?;
         let value_bytes = i32::try_from(envelope.ciphertext.len()).unwrap_or(i32::MAX);
         Ok(call.record(&mut [
@@ -74,8 +84,7 @@ fn context(fcinfo: FunctionCallInfo) -> Reply {
             return Err(Error::Argument(
                 "a context needs at least one part".to_string(),
                 "An empty context would bind nothing.".to_string(),
-                "Name the cell, for example rekey.context('customer.email', id::text)."
-                    .to_string(),
+                "Name the cell, for example rekey.context('customer.email', id::text).".to_string(),
             ));
         }
         let parts: Vec<&str> = parts.iter().map(String::as_str).collect();

@@ -16,8 +16,16 @@ use crate::{guc, lifecycle};
 /// A key name that an empty one replaces by the default, as a String.
 fn key_or_default(call: &Call, i: usize) -> Result<String> {
     let name = call.required_text(i, "key_name")?;
-    let name = if name.is_empty() { text::to_utf8_string(guc::default_key())? } else { name };
-    if name.is_empty() { Err(Error::NoDefaultKey) } else { Ok(name) }
+    let name = if name.is_empty() {
+        text::to_utf8_string(guc::default_key())?
+    } else {
+        name
+    };
+    if name.is_empty() {
+        Err(Error::NoDefaultKey)
+    } else {
+        Ok(name)
+    }
 }
 
 /// A key name that must be given.
@@ -28,11 +36,13 @@ pub fn key_name(call: &Call, i: usize) -> Result<String> {
 }
 
 fn interval(call: &Call, i: usize, name: &str) -> Result<Option<pg_sys::Datum>> {
-    let Some(datum) = call.datum(i) else { return Ok(None) };
+    let Some(datum) = call.datum(i) else {
+        return Ok(None);
+    };
     if write::is_negative(datum)? {
         return Err(Error::Argument(
             format!("{name} must not be negative"),
-            String::new(),
+            "It is a span of time that is waited for.".to_string(),
             "Use an interval such as '30 days', or '0'.".to_string(),
         ));
     }
@@ -40,12 +50,21 @@ fn interval(call: &Call, i: usize, name: &str) -> Result<Option<pg_sys::Datum>> 
 }
 
 fn audit(action: &str, key: &str, detail: &str) -> Result<()> {
-    Audit { action, key: Some(key), slot: None, from: None, to: None, detail }.record()
+    Audit {
+        action,
+        key: Some(key),
+        slot: None,
+        from: None,
+        to: None,
+        detail,
+    }
+    .record()
 }
 
 #[pg_extern(sql = false)]
 fn create_key(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
+        session::refuse_read_only(c"create_key()");
         let name = key_name(&call, 0)?;
         let grace = interval(&call, 1, "grace")?.ok_or(Error::NullArgument("grace"))?;
         let max_age = interval(&call, 2, "max_age")?.ok_or(Error::NullArgument("max_age"))?;
@@ -55,15 +74,21 @@ fn create_key(fcinfo: FunctionCallInfo) -> Reply {
         if purpose != "seal" && purpose != "lookup" {
             return Err(Error::Argument(
                 format!("unknown purpose \"{purpose}\""),
-                String::new(),
                 "A key's purpose is seal or lookup.".to_string(),
+                "Leave it out for a key that seals values.".to_string(),
             ));
         }
         let server_name = text::to_server(name.as_bytes())?.into_owned();
         if let Some(row) = read::key(&server_name)? {
             return existing_key(&name, &server_name, row.shredded, if_not_exists);
         }
-        let new = NewKey { name: &name, purpose: &purpose, grace, max_age, comment: &comment };
+        let new = NewKey {
+            name: &name,
+            purpose: &purpose,
+            grace,
+            max_age,
+            comment: &comment,
+        };
         match lifecycle::create_key(&new)? {
             Some(slot) => {
                 write::insert_grant(&name, session::current_user(), Privilege::Owner)?;
@@ -89,8 +114,7 @@ fn existing_key(name: &str, server: &[u8], shredded: bool, accept: bool) -> Resu
     if !accept {
         return Err(Error::KeyExists(name.to_string()));
     }
-    let active = read::active_slot(server)?
-        .ok_or_else(|| Error::NoActiveSlot(name.to_string()))?;
+    let active = read::active_slot(server)?.ok_or_else(|| Error::NoActiveSlot(name.to_string()))?;
     pgrx::notice!("key \"{name}\" already exists, keeping it");
     Ok(Reply::i64(active.as_i64()))
 }
@@ -98,15 +122,19 @@ fn existing_key(name: &str, server: &[u8], shredded: bool, accept: bool) -> Resu
 #[pg_extern(sql = false)]
 fn set_policy(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
+        session::refuse_read_only(c"set_policy()");
         let name = key_name(&call, 0)?;
         require(&name, Privilege::Manage)?;
         let after_drain = call.optional_text(3)?;
         let after_drain = after_drain.as_deref();
         if after_drain.is_some_and(|v| !["keep", "disable", "destroy"].contains(&v)) {
             return Err(Error::Argument(
-                format!("unknown after_drain \"{}\"", after_drain.unwrap_or_default()),
-                String::new(),
+                format!(
+                    "unknown after_drain \"{}\"",
+                    after_drain.unwrap_or_default()
+                ),
                 "It is keep, disable or destroy.".to_string(),
+                "keep leaves a drained slot readable.".to_string(),
             ));
         }
         let custodian = call.optional_text(5)?;
@@ -137,6 +165,7 @@ fn set_policy(fcinfo: FunctionCallInfo) -> Reply {
 #[pg_extern(sql = false)]
 fn rotate_key(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
+        session::refuse_read_only(c"rotate_key()");
         let name = key_or_default(&call, 0)?;
         let reason = call.required_text(1, "reason")?;
         require(&name, Privilege::Rotate)?;
@@ -147,6 +176,7 @@ fn rotate_key(fcinfo: FunctionCallInfo) -> Reply {
 #[pg_extern(sql = false)]
 fn rollback_rotation(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
+        session::refuse_read_only(c"rollback_rotation()");
         let name = key_name(&call, 0)?;
         require(&name, Privilege::Rotate)?;
         Ok(Reply::i64(lifecycle::roll_back(&name)?.as_i64()))
@@ -156,6 +186,7 @@ fn rollback_rotation(fcinfo: FunctionCallInfo) -> Reply {
 #[pg_extern(sql = false)]
 fn shred_key(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
+        session::refuse_read_only(c"shred_key()");
         let name = key_name(&call, 0)?;
         let reason = call.required_text(1, "reason")?;
         require(&name, Privilege::Owner)?;
@@ -172,12 +203,12 @@ fn shred_key(fcinfo: FunctionCallInfo) -> Reply {
 #[pg_extern(sql = false)]
 fn drop_key(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
+        session::refuse_read_only(c"drop_key()");
         let name = key_name(&call, 0)?;
         require(&name, Privilege::Manage)?;
         let slots = lifecycle::lock(&name)?;
-        let in_use = |s: &&read::SlotRow| {
-            !matches!(s.state, SlotState::Pending | SlotState::Destroyed)
-        };
+        let in_use =
+            |s: &&read::SlotRow| !matches!(s.state, SlotState::Pending | SlotState::Destroyed);
         let count = slots.iter().filter(in_use).count();
         if count > 0 {
             return Err(Error::State(

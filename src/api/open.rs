@@ -16,7 +16,9 @@ use crate::typed::{Target, hex};
 #[pg_extern(sql = false)]
 fn decrypt_col(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
-        let Some(bytes) = call.bytes(0) else { return Ok(Reply::null()) };
+        let Some(bytes) = call.bytes(0) else {
+            return Ok(Reply::null());
+        };
         hooks::keep_statement_out_of_log();
         open_as_text(bytes, call.bytes(1)).map(Reply::datum)
     })
@@ -25,7 +27,9 @@ fn decrypt_col(fcinfo: FunctionCallInfo) -> Reply {
 #[pg_extern(sql = false)]
 fn decrypt_col_as(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
-        let Some(bytes) = call.bytes(0) else { return Ok(Reply::null()) };
+        let Some(bytes) = call.bytes(0) else {
+            return Ok(Reply::null());
+        };
         hooks::keep_statement_out_of_log();
         open_as_type(&call, bytes)
     })
@@ -34,7 +38,9 @@ fn decrypt_col_as(fcinfo: FunctionCallInfo) -> Reply {
 #[pg_extern(sql = false)]
 fn can_open(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
-        let Some(bytes) = call.bytes(0) else { return Ok(Reply::null()) };
+        let Some(bytes) = call.bytes(0) else {
+            return Ok(Reply::null());
+        };
         Ok(Reply::bool(open_as_text(bytes, call.bytes(1)).is_ok()))
     })
 }
@@ -84,7 +90,13 @@ fn open(envelope: &Envelope<'_>, context: &[u8]) -> Result<Varlena> {
     value.data().copy_from_slice(envelope.ciphertext);
     let header = envelope.header_bytes;
     cache::open(envelope, context, |subkey| {
-        subkey.open_in_place(envelope.counter, header, context, value.data(), envelope.tag)
+        subkey.open_in_place(
+            envelope.counter,
+            header,
+            context,
+            value.data(),
+            envelope.tag,
+        )
     })?;
     Ok(value)
 }

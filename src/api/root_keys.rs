@@ -24,9 +24,17 @@ fn root_id(text: &str) -> Result<RootId> {
 #[pg_extern(sql = false)]
 fn init_root_key(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
+        session::refuse_read_only(c"init_root_key()");
         let wanted = call.required_text(0, "root_id")?;
-        let wanted = if wanted.is_empty() { None } else { Some(root_id(&wanted)?) };
-        if let Some(root) = read::root_keys()?.into_iter().find(|root| root.state == "active") {
+        let wanted = if wanted.is_empty() {
+            None
+        } else {
+            Some(root_id(&wanted)?)
+        };
+        if let Some(root) = read::root_keys()?
+            .into_iter()
+            .find(|root| root.state == "active")
+        {
             return Err(Error::State(
                 "this database has an active root key already".to_string(),
                 format!("It is {}.", root.id),
@@ -39,8 +47,15 @@ fn init_root_key(fcinfo: FunctionCallInfo) -> Reply {
         let check = root_key::with_any(&[id], |_, key| key.check())?;
         write::insert_root_key(id, &check)?;
         let detail = id.to_string();
-        Audit { action: "init_root_key", key: None, slot: None, from: None, to: None, detail: &detail }
-            .record()?;
+        Audit {
+            action: "init_root_key",
+            key: None,
+            slot: None,
+            from: None,
+            to: None,
+            detail: &detail,
+        }
+        .record()?;
         pgrx::notice!(
             "copy \"{}\" to every standby and to escrow: without it the data is lost",
             path.display()
@@ -52,7 +67,9 @@ fn init_root_key(fcinfo: FunctionCallInfo) -> Reply {
 #[pg_extern(sql = false)]
 fn reload_root_keys(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |_| {
-        Ok(Reply::i32(i32::try_from(root_key::reload()?).unwrap_or(i32::MAX)))
+        Ok(Reply::i32(
+            i32::try_from(root_key::reload()?).unwrap_or(i32::MAX),
+        ))
     })
 }
 
@@ -64,7 +81,9 @@ fn ready(fcinfo: FunctionCallInfo) -> Reply {
             return Ok(Reply::bool(false));
         };
         let check = root_key::with_any(&[active.id], |_, key| key.check());
-        Ok(Reply::bool(check.is_ok_and(|check| check[..] == active.check[..])))
+        Ok(Reply::bool(
+            check.is_ok_and(|check| check[..] == active.check[..]),
+        ))
     })
 }
 

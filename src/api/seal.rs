@@ -17,7 +17,9 @@ use crate::typed::Sealable;
 #[pg_extern(sql = false)]
 fn encrypt_col_text(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
-        let Some(value) = call.bytes(0) else { return Ok(Reply::null()) };
+        let Some(value) = call.bytes(0) else {
+            return Ok(Reply::null());
+        };
         hooks::keep_statement_out_of_log();
         seal(&call, Kind::Text, &[], &text::to_utf8(value)?)
     })
@@ -26,7 +28,9 @@ fn encrypt_col_text(fcinfo: FunctionCallInfo) -> Reply {
 #[pg_extern(sql = false)]
 fn encrypt_col_bytea(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
-        let Some(value) = call.bytes(0) else { return Ok(Reply::null()) };
+        let Some(value) = call.bytes(0) else {
+            return Ok(Reply::null());
+        };
         hooks::keep_statement_out_of_log();
         seal(&call, Kind::Bytea, &[], value)
     })
@@ -35,16 +39,21 @@ fn encrypt_col_bytea(fcinfo: FunctionCallInfo) -> Reply {
 #[pg_extern(sql = false)]
 fn encrypt_col_anyelement(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
-        let Some(value) = call.datum(0) else { return Ok(Reply::null()) };
+        let Some(value) = call.datum(0) else {
+            return Ok(Reply::null());
+        };
         hooks::keep_statement_out_of_log();
         let sealable = match call.remembered::<Sealable>() {
             Some(known) => known,
             None => call.remember(Sealable::of(&call, call.arg_type(0))?),
         };
         match sealable {
-            Sealable::Plain(Kind::Text) => {
-                seal(&call, Kind::Text, &[], &text::to_utf8(text::detoasted(value))?)
-            }
+            Sealable::Plain(Kind::Text) => seal(
+                &call,
+                Kind::Text,
+                &[],
+                &text::to_utf8(text::detoasted(value))?,
+            ),
             Sealable::Plain(kind) => seal(&call, *kind, &[], text::detoasted(value)),
             Sealable::Typed { prefix, output } => {
                 let form = output.output(value)?.to_bytes();
@@ -72,7 +81,12 @@ fn seal(call: &Call, kind: Kind, prefix: &[u8], body: &[u8]) -> Result<Reply> {
     bytes[CIPHERTEXT_AT..CIPHERTEXT_AT + prefix.len()].copy_from_slice(prefix);
     bytes[CIPHERTEXT_AT + prefix.len()..CIPHERTEXT_AT + len].copy_from_slice(body);
     cache::seal(key, kind, !context.is_empty(), len, |sealer| {
-        let Sealer { header, salt, counter, subkey } = sealer;
+        let Sealer {
+            header,
+            salt,
+            counter,
+            subkey,
+        } = sealer;
         let header = header.to_bytes();
         bytes[..HEADER_LEN].copy_from_slice(&header);
         bytes[HEADER_LEN..HEADER_LEN + SALT_LEN].copy_from_slice(&salt);

@@ -25,6 +25,7 @@ fn forced(call: &Call) -> Result<bool> {
     if force && !session::is_superuser(session::current_user()) {
         return Err(Error::Privilege(
             "force is for superusers".to_string(),
+            "It skips the proof that nothing is sealed under the slot any more.".to_string(),
             "Without force the slot must be proved unused first.".to_string(),
         ));
     }
@@ -34,7 +35,10 @@ fn forced(call: &Call) -> Result<bool> {
 fn repeated(slot: &SlotRow) -> Error {
     Error::State(
         format!("slot {} is already {}", slot.id, slot.state),
-        format!("It is version {} of key \"{}\".", slot.version, slot.key_name),
+        format!(
+            "It is version {} of key \"{}\".",
+            slot.version, slot.key_name
+        ),
         "Nothing is left to do.".to_string(),
     )
 }
@@ -42,7 +46,10 @@ fn repeated(slot: &SlotRow) -> Error {
 fn in_service(slot: &SlotRow) -> Error {
     Error::State(
         format!("slot {} is {}", slot.id, slot.state),
-        format!("Values are, or will be, sealed under it for key \"{}\".", slot.key_name),
+        format!(
+            "Values are, or will be, sealed under it for key \"{}\".",
+            slot.key_name
+        ),
         "Rotate first (rotate_key); to end the key itself use rekey.shred_key.".to_string(),
     )
 }
@@ -62,6 +69,7 @@ fn not_proved(slot: &SlotRow) -> Error {
 #[pg_extern(sql = false)]
 fn disable_slot(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
+        session::refuse_read_only(c"disable_slot()");
         let force = forced(&call)?;
         let slot = managed_slot(&call)?;
         match slot.state {
@@ -78,6 +86,7 @@ fn disable_slot(fcinfo: FunctionCallInfo) -> Reply {
 #[pg_extern(sql = false)]
 fn enable_slot(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
+        session::refuse_read_only(c"enable_slot()");
         let slot = managed_slot(&call)?;
         if slot.state != SlotState::Disabled {
             return Err(Error::State(
@@ -86,7 +95,11 @@ fn enable_slot(fcinfo: FunctionCallInfo) -> Reply {
                 "Only a disabled slot is enabled.".to_string(),
             ));
         }
-        let to = if slot.proved { SlotState::Drained } else { SlotState::Previous };
+        let to = if slot.proved {
+            SlotState::Drained
+        } else {
+            SlotState::Previous
+        };
         lifecycle::unwrap(&slot)?;
         write::transition(&slot, to, "enable_slot", "")?;
         Ok(Reply::void())
@@ -96,6 +109,7 @@ fn enable_slot(fcinfo: FunctionCallInfo) -> Reply {
 #[pg_extern(sql = false)]
 fn destroy_slot(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
+        session::refuse_read_only(c"destroy_slot()");
         let force = forced(&call)?;
         let slot = managed_slot(&call)?;
         match slot.state {

@@ -61,7 +61,12 @@ pub fn tables() -> Result<Tables> {
         barrier: find(c"barrier")?,
     };
     TABLES.set(Some(tables));
-    hooks::watch([tables.key, tables.key_slot, tables.slot_wrap, tables.key_grant]);
+    hooks::watch([
+        tables.key,
+        tables.key_slot,
+        tables.slot_wrap,
+        tables.key_grant,
+    ]);
     Ok(tables)
 }
 

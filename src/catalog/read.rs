@@ -11,7 +11,7 @@ use rekey_core::keyring::{Privilege, Privileges, SlotState};
 use super::tables;
 use crate::error::{Error, Result};
 use crate::ffi::scan::{Key, Row, Scan};
-use crate::ffi::{session, text};
+use crate::ffi::{scan, session, text};
 
 /// A row of rekey.key.
 pub struct KeyRow {
@@ -62,7 +62,9 @@ pub struct RootRow {
 pub fn key(name: &[u8]) -> Result<Option<KeyRow>> {
     let t = tables()?;
     let mut scan = Scan::open(t.key, t.key_pkey, &[1], &[Key::Text(name)]);
-    let Some(row) = scan.next_row() else { return Ok(None) };
+    let Some(row) = scan.next_row() else {
+        return Ok(None);
+    };
     Ok(Some(KeyRow {
         name: text::to_utf8_string(&row.bytes(1))?,
         seals: row.bytes(2) == b"seal",
@@ -81,7 +83,12 @@ pub fn active_slot(name: &[u8]) -> Result<Option<SlotId>> {
 /// One slot, whatever its state.
 pub fn slot(id: SlotId) -> Result<Option<SlotRow>> {
     let t = tables()?;
-    let mut scan = Scan::open(t.key_slot, t.key_slot_pkey, &[1], &[Key::Bigint(id.as_i64())]);
+    let mut scan = Scan::open(
+        t.key_slot,
+        t.key_slot_pkey,
+        &[1],
+        &[Key::Bigint(id.as_i64())],
+    );
     scan.next_row().map(|row| slot_row(&row)).transpose()
 }
 
@@ -100,7 +107,12 @@ pub fn slots_of(name: &[u8]) -> Result<Vec<SlotRow>> {
 /// The wrapped keys of a slot, by root key.
 pub fn wraps(id: SlotId) -> Result<Vec<(RootId, Vec<u8>)>> {
     let t = tables()?;
-    let mut scan = Scan::open(t.slot_wrap, t.slot_wrap_pkey, &[1], &[Key::Bigint(id.as_i64())]);
+    let mut scan = Scan::open(
+        t.slot_wrap,
+        t.slot_wrap_pkey,
+        &[1],
+        &[Key::Bigint(id.as_i64())],
+    );
     let mut wraps = Vec::new();
     while let Some(row) = scan.next_row() {
         wraps.push((root_id(&row.bytes(2))?, row.bytes(3)));
@@ -150,10 +162,11 @@ pub fn root_keys() -> Result<Vec<RootRow>> {
     Ok(roots)
 }
 
-/// How many slots of how many keys are not destroyed.
+/// How many slots of how many keys are not destroyed. Needs no index: it also answers in the
+/// middle of a DROP.
 pub fn living_slots() -> Result<(i64, i64)> {
-    let t = tables()?;
-    let mut scan = Scan::open(t.key_slot, pg_sys::InvalidOid, &[], &[]);
+    let key_slot = scan::relation(c"key_slot").ok_or(Error::NoCatalog)?;
+    let mut scan = Scan::open(key_slot, pg_sys::InvalidOid, &[], &[]);
     let mut slots = 0;
     let mut keys = std::collections::HashSet::new();
     while let Some(row) = scan.next_row() {
@@ -167,7 +180,9 @@ pub fn living_slots() -> Result<(i64, i64)> {
 
 /// Whether the relation is a table whose loss would lose keys.
 pub fn holds_keys(relation: pg_sys::Oid) -> bool {
-    tables().is_ok_and(|t| relation == t.key_slot || relation == t.slot_wrap)
+    [c"key_slot", c"slot_wrap"]
+        .into_iter()
+        .any(|name| scan::relation(name) == Some(relation))
 }
 
 fn slot_id(row: &Row<'_>) -> Result<SlotId> {

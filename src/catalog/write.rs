@@ -69,7 +69,11 @@ impl Audit<'_> {
             line += &format!(" to={to}");
         }
         line += &format!(" actor=\"{actor}\" xid={}", xid.unwrap_or(0));
-        pgrx::ereport!(PgLogLevel::LOG, PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION, line);
+        pgrx::ereport!(
+            PgLogLevel::LOG,
+            PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION,
+            line
+        );
         Ok(())
     }
 }
@@ -158,8 +162,15 @@ pub fn mark_shredded(name: &str) -> Result<()> {
 
 /// Deletes a key and its grants. Its slots stay as tombstones.
 pub fn delete_key(name: &str) -> Result<()> {
-    run("DELETE FROM rekey.key_grant WHERE key_name = $1", &[Arg::Text(name)])?;
-    run("DELETE FROM rekey.key WHERE key_name = $1", &[Arg::Text(name)]).map(|_| ())
+    run(
+        "DELETE FROM rekey.key_grant WHERE key_name = $1",
+        &[Arg::Text(name)],
+    )?;
+    run(
+        "DELETE FROM rekey.key WHERE key_name = $1",
+        &[Arg::Text(name)],
+    )
+    .map(|_| ())
 }
 
 /// Inserts a slot with its wrapped keys. The version goes on from the highest that the name had.
@@ -195,7 +206,11 @@ pub fn insert_slot(
 pub fn insert_wrap(id: SlotId, root: RootId, wrapped: &[u8]) -> Result<()> {
     run(
         "INSERT INTO rekey.slot_wrap (slot_id, root_id, wrapped_key) VALUES ($1, $2, $3)",
-        &[Arg::Bigint(id.as_i64()), Arg::Bytea(root.as_bytes()), Arg::Bytea(wrapped)],
+        &[
+            Arg::Bigint(id.as_i64()),
+            Arg::Bytea(root.as_bytes()),
+            Arg::Bytea(wrapped),
+        ],
     )
     .map(|_| ())
 }
@@ -208,7 +223,10 @@ pub fn transition(slot: &SlotRow, to: SlotState, action: &str, reason: &str) -> 
     if !slot.state.may_become(to) {
         return Err(Error::State(
             format!("slot {} is {} and cannot become {to}", slot.id, slot.state),
-            format!("It is version {} of key \"{}\".", slot.version, slot.key_name),
+            format!(
+                "It is version {} of key \"{}\".",
+                slot.version, slot.key_name
+            ),
             "rekey.slots shows the states of the key's slots.".to_string(),
         ));
     }

@@ -39,7 +39,7 @@ impl Call {
     /// long as the call.
     #[inline]
     pub fn bytes(&self, i: usize) -> Option<&[u8]> {
-        self.datum(i).map(|d| detoasted(d))
+        self.datum(i).map(detoasted)
     }
 
     /// A text argument that must not be NULL, as UTF-8.
@@ -135,7 +135,8 @@ impl Call {
         // that context goes, which is when fn_extra goes too.
         unsafe {
             let flinfo = (*self.0).flinfo;
-            let kept = pgrx::PgMemoryContexts::For((*flinfo).fn_mcxt).leak_and_drop_on_delete(value);
+            let kept =
+                pgrx::PgMemoryContexts::For((*flinfo).fn_mcxt).leak_and_drop_on_delete(value);
             (*flinfo).fn_extra = kept.cast();
             &*kept
         }

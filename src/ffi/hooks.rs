@@ -108,13 +108,10 @@ unsafe extern "C-unwind" fn roles_changed(_arg: pg_sys::Datum, _cache: c_int, _h
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn transaction_event(
-    event: pg_sys::XactEvent::Type,
-    _arg: *mut c_void,
-) {
+unsafe extern "C-unwind" fn transaction_event(event: pg_sys::XactEvent::Type, _arg: *mut c_void) {
     use pg_sys::XactEvent::{
-        XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PARALLEL_ABORT,
-        XACT_EVENT_PARALLEL_COMMIT, XACT_EVENT_PREPARE,
+        XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PARALLEL_ABORT, XACT_EVENT_PARALLEL_COMMIT,
+        XACT_EVENT_PREPARE,
     };
     if matches!(
         event,
@@ -143,8 +140,8 @@ unsafe extern "C-unwind" fn emit_log(edata: *mut pg_sys::ErrorData) {
     // getter returns a static all the same.
     unsafe {
         let statement = pg_sys::debug_query_string;
-        let ran = !statement.is_null()
-            && SECRET_STATEMENT.load(Relaxed) == super::session::statement();
+        let ran =
+            !statement.is_null() && SECRET_STATEMENT.load(Relaxed) == super::session::statement();
         if ran || names_a_verb(statement) || names_a_verb((*edata).internalquery) {
             (*edata).hide_stmt = true;
             (*edata).hide_ctx = true;
@@ -168,9 +165,8 @@ unsafe fn names_a_verb(text: *const std::ffi::c_char) -> bool {
     }
     // SAFETY: promised by the caller.
     let text = unsafe { std::ffi::CStr::from_ptr(text) }.to_bytes();
-    text.windows(11).any(|w| {
-        w.eq_ignore_ascii_case(b"encrypt_col") || w.eq_ignore_ascii_case(b"decrypt_col")
-    })
+    text.windows(11)
+        .any(|w| w.eq_ignore_ascii_case(b"encrypt_col") || w.eq_ignore_ascii_case(b"decrypt_col"))
 }
 
 static mut NEXT_OBJECT_ACCESS: pg_sys::object_access_hook_type = None;

@@ -6,6 +6,9 @@
 
 use pgrx::pg_sys;
 
+/// BTEqualStrategyNumber, src/include/access/stratnum.h.
+const BTREE_EQUAL: u16 = 3;
+
 /// A scan of one table by an index, closed when dropped.
 pub struct Scan {
     relation: pg_sys::Relation,
@@ -18,8 +21,6 @@ pub enum Key<'a> {
     Bigint(i64),
     /// A text column with collation C, in the server's encoding.
     Text(&'a [u8]),
-    /// A bytea column.
-    Bytea(&'a [u8]),
 }
 
 impl Scan {
@@ -39,14 +40,13 @@ impl Scan {
             let (procedure, datum) = match key {
                 Key::Bigint(value) => (pg_sys::F_INT8EQ, pg_sys::Datum::from(*value)),
                 Key::Text(bytes) => (pg_sys::F_TEXTEQ, varlena(bytes)),
-                Key::Bytea(bytes) => (pg_sys::F_BYTEAEQ, varlena(bytes)),
             };
             // SAFETY: writes the entry it is given. The collation becomes C, as the columns'.
             unsafe {
                 pg_sys::ScanKeyInit(
                     &mut entries[i],
                     attributes[i],
-                    pg_sys::BTEqualStrategyNumber as u16,
+                    BTREE_EQUAL,
                     procedure.into(),
                     datum,
                 );
@@ -76,7 +76,11 @@ impl Scan {
         let tuple = unsafe { pg_sys::systable_getnext(self.scan) };
         // SAFETY: an open relation has a descriptor.
         let desc = unsafe { (*self.relation).rd_att };
-        (!tuple.is_null()).then_some(Row { tuple, desc, scan: std::marker::PhantomData })
+        (!tuple.is_null()).then_some(Row {
+            tuple,
+            desc,
+            scan: std::marker::PhantomData,
+        })
     }
 }
 
@@ -114,15 +118,16 @@ impl Row<'_> {
     pub fn datum(&self, attribute: i16) -> Option<pg_sys::Datum> {
         let mut null = false;
         // SAFETY: tuple and descriptor belong together while the scan is on this row.
-        let datum = unsafe {
-            pg_sys::heap_getattr(self.tuple, i32::from(attribute), self.desc, &mut null)
-        };
+        let datum =
+            unsafe { pg_sys::heap_getattr(self.tuple, i32::from(attribute), self.desc, &mut null) };
         (!null).then_some(datum)
     }
 
     /// A text or bytea column's bytes, copied. NULL is empty.
     pub fn bytes(&self, attribute: i16) -> Vec<u8> {
-        self.datum(attribute).map(|d| super::text::detoasted(d).to_vec()).unwrap_or_default()
+        self.datum(attribute)
+            .map(|d| super::text::detoasted(d).to_vec())
+            .unwrap_or_default()
     }
 
     /// A bigint column. NULL is 0.

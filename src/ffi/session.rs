@@ -50,12 +50,6 @@ pub fn process() -> c_int {
     unsafe { pg_sys::MyProcPid }
 }
 
-/// This session's database.
-pub fn database() -> pg_sys::Oid {
-    // SAFETY: a static that is written at start.
-    unsafe { pg_sys::MyDatabaseId }
-}
-
 /// Whether `user` has the privileges of `role` (membership with INHERIT, superusers have all).
 pub fn has_privileges_of(user: pg_sys::Oid, role: pg_sys::Oid) -> bool {
     // SAFETY: syscache look-ups only.
@@ -73,7 +67,11 @@ pub fn role_name(role: pg_sys::Oid) -> String {
     // SAFETY: with noerr the function returns NULL for a missing role.
     unsafe {
         let name = pg_sys::GetUserNameFromId(role, true);
-        if name.is_null() { role.to_u32().to_string() } else { super::text::c_string(name) }
+        if name.is_null() {
+            role.to_u32().to_string()
+        } else {
+            super::text::c_string(name)
+        }
     }
 }
 
@@ -126,7 +124,11 @@ impl ActAs {
         unsafe {
             pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
             let nest = pg_sys::NewGUCNestLevel();
-            let guard = ActAs { user, context, nest };
+            let guard = ActAs {
+                user,
+                context,
+                nest,
+            };
             for (name, value) in [
                 (c"search_path", c"pg_catalog, pg_temp"),
                 (c"row_security", c"off"),
@@ -196,6 +198,12 @@ pub fn configuration_time() -> i64 {
 pub fn in_preload() -> bool {
     // SAFETY: a static.
     unsafe { pg_sys::process_shared_preload_libraries_in_progress }
+}
+
+/// Raises 25006 in a READ ONLY transaction and on a standby.
+pub fn refuse_read_only(function: &std::ffi::CStr) {
+    // SAFETY: a C string for the message.
+    unsafe { pg_sys::PreventCommandIfReadOnly(function.as_ptr()) }
 }
 
 /// The operating-system user that the server runs as.

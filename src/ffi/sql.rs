@@ -57,9 +57,7 @@ impl Arg<'_> {
             Arg::Text(v) => (Some(super::text::text_datum(v)?), pg_sys::TEXTOID),
             Arg::Bytea(v) => (Some(super::text::bytes_datum(v)?), pg_sys::BYTEAOID),
             Arg::Bool(v) => (v.map(pg_sys::Datum::from), pg_sys::BOOLOID),
-            Arg::OptionalText(v) => {
-                (v.map(super::text::text_datum).transpose()?, pg_sys::TEXTOID)
-            }
+            Arg::OptionalText(v) => (v.map(super::text::text_datum).transpose()?, pg_sys::TEXTOID),
             Arg::Oid(v) => (Some(pg_sys::Datum::from(*v)), pg_sys::OIDOID),
             Arg::Interval(v) => (*v, pg_sys::INTERVALOID),
         };
@@ -79,7 +77,11 @@ pub fn run(sql: &str, args: &[Arg<'_>]) -> Result<usize> {
 /// Runs one statement as the catalog's owner and returns its first bigint, if there is a row.
 pub fn bigint(sql: &str, args: &[Arg<'_>]) -> Result<Option<i64>> {
     execute(sql, args, |table| {
-        if table.is_empty() { Ok(None) } else { table.first().get_one::<i64>() }
+        if table.is_empty() {
+            Ok(None)
+        } else {
+            table.first().get_one::<i64>()
+        }
     })
 }
 

@@ -62,9 +62,7 @@ pub fn varlena_len(datum: pg_sys::Datum) -> usize {
 #[inline]
 unsafe fn is_extended(pointer: *const pg_sys::varlena) -> bool {
     // SAFETY: promised by the caller.
-    unsafe {
-        pgrx::varatt_is_1b_e(pointer.cast_mut()) || pgrx::varatt_is_4b_c(pointer.cast_mut())
-    }
+    unsafe { pgrx::varatt_is_1b_e(pointer.cast_mut()) || pgrx::varatt_is_4b_c(pointer.cast_mut()) }
 }
 
 /// A varlena under construction in the current memory context.
@@ -94,17 +92,7 @@ impl Varlena {
     pub fn data(&mut self) -> &mut [u8] {
         // SAFETY: `allocate` made room for exactly len bytes behind the header. u8 has no
         // invalid values, and every caller overwrites all of them.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.pointer.cast::<u8>().add(VARHDRSZ), self.len)
-        }
-    }
-
-    /// Cuts the value to its first `len` bytes.
-    pub fn truncate(&mut self, len: usize) {
-        assert!(len <= self.len);
-        self.len = len;
-        // SAFETY: the new length is within the allocation.
-        unsafe { pgrx::set_varsize_4b(self.pointer, len_as_int(VARHDRSZ + len)) }
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.cast::<u8>().add(VARHDRSZ), self.len) }
     }
 
     /// The finished datum.
@@ -207,7 +195,9 @@ fn convert(bytes: &[u8], direction: Direction) -> Result<Cow<'_, [u8]>> {
     }))
     // Only conversion errors end here, and the conversion functions hold no resource: nothing
     // needs a rollback. Everything else goes on as it was.
-    .catch_when(PgSqlErrorCode::ERRCODE_CHARACTER_NOT_IN_REPERTOIRE, |_| None)
+    .catch_when(PgSqlErrorCode::ERRCODE_CHARACTER_NOT_IN_REPERTOIRE, |_| {
+        None
+    })
     .catch_when(PgSqlErrorCode::ERRCODE_UNTRANSLATABLE_CHARACTER, |_| None)
     .execute();
     let converted = converted.ok_or(Error::NotEncodable)?;

@@ -90,22 +90,65 @@ impl Drop for Pinned {
     }
 }
 
+thread_local! {
+    /// SQLSTATE of the latest report within `guarded`, in PostgreSQL's own coding.
+    static SQLSTATE: Cell<c_int> = const { Cell::new(0) };
+}
+
+/// Hears every report that users' code makes, since pgrx keeps PostgreSQL's own SQLSTATEs only.
+struct Listening(Box<pg_sys::ErrorContextCallback>);
+
+impl Listening {
+    fn begin() -> Listening {
+        #[pgrx::pg_guard]
+        unsafe extern "C-unwind" fn hear(_arg: *mut std::ffi::c_void) {
+            // SAFETY: called by errfinish only, while a report is being made.
+            SQLSTATE.set(unsafe { pg_sys::geterrcode() });
+        }
+        // SAFETY: the callback is boxed: its address stays until drop takes it off the stack.
+        unsafe {
+            let mut callback = Box::new(pg_sys::ErrorContextCallback {
+                previous: pg_sys::error_context_stack,
+                callback: Some(hear),
+                arg: std::ptr::null_mut(),
+            });
+            pg_sys::error_context_stack = &mut *callback;
+            Listening(callback)
+        }
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        // SAFETY: callbacks nest; everything pushed above this one is gone by now.
+        unsafe { pg_sys::error_context_stack = self.0.previous }
+    }
+}
+
 /// Runs users' code (type, cast and domain functions) and replaces what it says by a fixed text.
 fn guarded<R>(what: &'static str, body: impl FnOnce() -> R) -> Result<R> {
     let body = std::cell::RefCell::new(Some(body));
+    SQLSTATE.set(0);
     PgTryBuilder::new(std::panic::AssertUnwindSafe(|| {
         let body = body.borrow_mut().take();
-        body.map(|body| Ok(body())).unwrap_or(Err(Error::Internal(what.to_string())))
+        let _listening = Listening::begin();
+        body.map(|body| Ok(body()))
+            .unwrap_or(Err(Error::Internal(what.to_string())))
     }))
     .catch_others(|cause| {
-        let CaughtError::PostgresError(report) = &cause else { cause.rethrow() };
+        let CaughtError::PostgresError(report) = &cause else {
+            cause.rethrow()
+        };
         match report.sql_error_code() {
             // A cancel or a shutdown stays one.
             PgSqlErrorCode::ERRCODE_QUERY_CANCELED
             | PgSqlErrorCode::ERRCODE_ADMIN_SHUTDOWN
             | PgSqlErrorCode::ERRCODE_CRASH_SHUTDOWN
             | PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY => cause.rethrow(),
-            code => Err(Error::Foreign { code, what }),
+            _ => Err(Error::Foreign {
+                code: SQLSTATE.get(),
+                what,
+            }),
         }
     })
     .execute()
@@ -124,7 +167,10 @@ impl Function {
         unsafe {
             let mut info: pg_sys::FmgrInfo = std::mem::zeroed();
             pg_sys::fmgr_info_cxt(function, &mut info, pg_sys::CurrentMemoryContext);
-            Function { info: Cell::new(info), io_param }
+            Function {
+                info: Cell::new(info),
+                io_param,
+            }
         }
     }
 
@@ -185,9 +231,7 @@ impl Function {
                 match (*info).fn_nargs {
                     1 => pg_sys::FunctionCall1Coll(info, no_collation, value),
                     2 => pg_sys::FunctionCall2Coll(info, no_collation, value, typmod),
-                    _ => {
-                        pg_sys::FunctionCall3Coll(info, no_collation, value, typmod, explicit)
-                    }
+                    _ => pg_sys::FunctionCall3Coll(info, no_collation, value, typmod, explicit),
                 }
             }
         })
@@ -237,7 +281,10 @@ pub fn sealed_name(type_oid: pg_sys::Oid) -> String {
         }
         let schema = pg_sys::quote_identifier(pg_sys::get_namespace_name(namespace));
         let schema = super::text::c_string(schema);
-        format!("{schema}.{}", super::text::c_string(pg_sys::quote_identifier(name)))
+        format!(
+            "{schema}.{}",
+            super::text::c_string(pg_sys::quote_identifier(name))
+        )
     }
 }
 
@@ -249,7 +296,10 @@ pub fn type_of_sealed_name(name: &str) -> Option<pg_sys::Oid> {
         Some((schema, name)) => {
             let schema = c_server(&schema)?;
             // SAFETY: a syscache look-up that may miss.
-            (unsafe { pg_sys::get_namespace_oid(schema.as_ptr(), true) }, name)
+            (
+                unsafe { pg_sys::get_namespace_oid(schema.as_ptr(), true) },
+                name,
+            )
         }
         None => (PG_CATALOG, name.to_string()),
     };
@@ -327,8 +377,9 @@ pub fn refusal(type_oid: pg_sys::Oid) -> Option<&'static str> {
 
 fn refusal_within(type_oid: pg_sys::Oid, seen: &mut Vec<pg_sys::Oid>) -> Option<&'static str> {
     // money, oid and the reg types: their text form depends on the locale or on this catalog.
-    const NAMES_LOCAL_OBJECTS: [u32; 12] =
-        [26, 24, 2202, 2203, 2204, 2205, 2206, 4096, 4089, 3734, 3769, 4191];
+    const NAMES_LOCAL_OBJECTS: [u32; 12] = [
+        26, 24, 2202, 2203, 2204, 2205, 2206, 4096, 4089, 3734, 3769, 4191,
+    ];
     if seen.contains(&type_oid) {
         return None;
     }
@@ -351,7 +402,11 @@ fn refusal_within(type_oid: pg_sys::Oid, seen: &mut Vec<pg_sys::Oid>) -> Option<
             _ => {}
         }
         let element = pg_sys::get_element_type(type_oid);
-        if element != pg_sys::InvalidOid { refusal_within(element, seen) } else { None }
+        if element != pg_sys::InvalidOid {
+            refusal_within(element, seen)
+        } else {
+            None
+        }
     }
 }
 
@@ -365,7 +420,32 @@ fn composite_refusal(type_oid: pg_sys::Oid, seen: &mut Vec<pg_sys::Oid>) -> Opti
             .map(|column| column.atttypid)
             .collect()
     };
-    columns.into_iter().find_map(|column| refusal_within(column, seen))
+    columns
+        .into_iter()
+        .find_map(|column| refusal_within(column, seen))
+}
+
+/// Raises an ERROR with any SQLSTATE, also one that only users' code knows. Does not return.
+pub fn raise(code: c_int, message: &str, detail: &str, hint: &str) -> ! {
+    let c = |text: &str| {
+        let server = super::text::to_server(text.as_bytes()).map(|t| t.into_owned());
+        CString::new(server.unwrap_or_default()).unwrap_or_default()
+    };
+    let (message, detail, hint) = (c(message), c(detail), c(hint));
+    // SAFETY: ErrorData is plain C data for which zero means absent. The texts are copied into
+    // the current memory context, so that nothing of ours is left behind by the jump.
+    unsafe {
+        let mut report: pg_sys::ErrorData = std::mem::zeroed();
+        report.elevel = pgrx::PgLogLevel::ERROR as c_int;
+        report.sqlerrcode = code;
+        report.message = pg_sys::pstrdup(message.as_ptr());
+        report.detail = pg_sys::pstrdup(detail.as_ptr());
+        report.hint = pg_sys::pstrdup(hint.as_ptr());
+        report.assoc_context = pg_sys::CurrentMemoryContext;
+        drop((message, detail, hint));
+        pg_sys::ThrowErrorData(&mut report);
+    }
+    unreachable!("ERROR does not return")
 }
 
 /// The text form of a timestamptz, in the session's settings.
@@ -373,6 +453,9 @@ pub fn timestamp_text(at: i64) -> String {
     // SAFETY: timestamptz_out takes a timestamptz and returns a fresh C string.
     unsafe {
         let function = pg_sys::Oid::from(pg_sys::F_TIMESTAMPTZ_OUT);
-        super::text::c_string(pg_sys::OidOutputFunctionCall(function, pg_sys::Datum::from(at)))
+        super::text::c_string(pg_sys::OidOutputFunctionCall(
+            function,
+            pg_sys::Datum::from(at),
+        ))
     }
 }

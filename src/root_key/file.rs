@@ -34,9 +34,12 @@ pub fn read(path: &Path) -> Result<RootKeyring> {
                  new one SELECT rekey.init_root_key() creates it.",
             )
         })?;
-    let about = file
-        .metadata()
-        .map_err(|e| refuse(format!("The keyring file \"{shown}\" cannot be read: {e}."), ""))?;
+    let about = file.metadata().map_err(|e| {
+        refuse(
+            format!("The keyring file \"{shown}\" cannot be read: {e}."),
+            "",
+        )
+    })?;
     if !about.is_file() {
         return Err(refuse(
             format!("\"{shown}\" is not a regular file."),
@@ -67,10 +70,18 @@ pub fn read(path: &Path) -> Result<RootKeyring> {
     let mut bytes = Zeroizing::new(Vec::with_capacity(capacity));
     file.take(MAX_BYTES + 1)
         .read_to_end(&mut bytes)
-        .map_err(|e| refuse(format!("The keyring file \"{shown}\" cannot be read: {e}."), ""))?;
+        .map_err(|e| {
+            refuse(
+                format!("The keyring file \"{shown}\" cannot be read: {e}."),
+                "",
+            )
+        })?;
     RootKeyring::parse(&bytes).map_err(|cause| {
         refuse(
-            format!("The keyring file \"{shown}\" is not valid: {}", cause.detail()),
+            format!(
+                "The keyring file \"{shown}\" is not valid: {}",
+                cause.detail()
+            ),
             "Restore the file from another server of the cluster or from escrow.",
         )
     })
@@ -88,7 +99,10 @@ pub fn create_or_read(path: &Path, wanted: Option<RootId>) -> Result<RootId> {
     match (wanted, ids.as_slice()) {
         (Some(id), _) if ids.contains(&id) => Ok(id),
         (Some(id), _) => Err(Error::RootKey(
-            format!("The keyring file \"{}\" does not hold root key {id}.", path.display()),
+            format!(
+                "The keyring file \"{}\" does not hold root key {id}.",
+                path.display()
+            ),
             "Give the id of a key that it holds.".to_string(),
         )),
         (None, [only]) => Ok(*only),
@@ -96,10 +110,12 @@ pub fn create_or_read(path: &Path, wanted: Option<RootId>) -> Result<RootId> {
             format!("the keyring holds {} root keys", ids.len()),
             format!(
                 "They are {}.",
-                ids.iter().map(RootId::to_string).collect::<Vec<_>>().join(", ")
+                ids.iter()
+                    .map(RootId::to_string)
+                    .collect::<Vec<_>>()
+                    .join(", ")
             ),
-            "Say which one this database adopts: SELECT rekey.init_root_key(root_id)."
-                .to_string(),
+            "Say which one this database adopts: SELECT rekey.init_root_key(root_id).".to_string(),
         )),
     }
 }
@@ -115,7 +131,10 @@ fn refuse_inside_the_cluster(path: &Path) -> Result<()> {
         )
     };
     if !path.is_absolute() {
-        return Err(bad(format!("\"{}\" is not an absolute path.", path.display())));
+        return Err(bad(format!(
+            "\"{}\" is not an absolute path.",
+            path.display()
+        )));
     }
     let folder = path.parent().unwrap_or(Path::new("/"));
     let folder = folder.canonicalize().map_err(|e| {
@@ -124,7 +143,9 @@ fn refuse_inside_the_cluster(path: &Path) -> Result<()> {
             "Create it, owned by the server's user with mode 0700.".to_string(),
         )
     })?;
-    let target = path.canonicalize().unwrap_or_else(|_| folder.join(path.file_name().unwrap_or_default()));
+    let target = path
+        .canonicalize()
+        .unwrap_or_else(|_| folder.join(path.file_name().unwrap_or_default()));
     let data = session::data_directory();
     let mut forbidden: Vec<PathBuf> = vec![data.clone(), data.join("pg_wal")];
     if let Ok(links) = std::fs::read_dir(data.join("pg_tblspc")) {
@@ -169,7 +190,10 @@ fn create(path: &Path) -> Result<()> {
     match written {
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && path.exists() => Ok(()),
         Err(e) => Err(Error::RootKey(
-            format!("The keyring file \"{}\" could not be written: {e}.", path.display()),
+            format!(
+                "The keyring file \"{}\" could not be written: {e}.",
+                path.display()
+            ),
             "The folder must be writable by the server's user.".to_string(),
         )),
         Ok(()) => Ok(()),
@@ -189,7 +213,11 @@ fn now_rfc3339() -> String {
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let shifted_month = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let month = if shifted_month < 10 {
+        shifted_month + 3
+    } else {
+        shifted_month - 9
+    };
     let year = year_of_era + era * 400 + u64::from(month <= 2);
     let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")

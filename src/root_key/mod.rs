@@ -65,16 +65,17 @@ pub fn with_any<R>(
         load()?;
     }
     let id = held_of(candidates).ok_or_else(|| not_held(candidates))?;
-    LOADED.with_borrow(|loaded| match loaded.as_ref().and_then(|l| l.ring.get(&id)) {
-        Some(key) => Ok(use_key(id, key)),
-        None => Err(not_held(candidates)),
-    })
+    LOADED.with_borrow(
+        |loaded| match loaded.as_ref().and_then(|l| l.ring.get(&id)) {
+            Some(key) => Ok(use_key(id, key)),
+            None => Err(not_held(candidates)),
+        },
+    )
 }
 
 /// Whether this server holds the root key, after the look at the file that a miss is worth.
 pub fn holds(id: RootId) -> bool {
-    (refresh().is_ok() && held_of(&[id]).is_some())
-        || (load().is_ok() && held_of(&[id]).is_some())
+    (refresh().is_ok() && held_of(&[id]).is_some()) || (load().is_ok() && held_of(&[id]).is_some())
 }
 
 fn held_of(candidates: &[RootId]) -> Option<RootId> {
@@ -86,7 +87,9 @@ fn held_of(candidates: &[RootId]) -> Option<RootId> {
 
 fn refresh() -> Result<()> {
     let current = LOADED.with_borrow(|loaded| {
-        loaded.as_ref().is_some_and(|l| l.configuration_time == session::configuration_time())
+        loaded
+            .as_ref()
+            .is_some_and(|l| l.configuration_time == session::configuration_time())
     });
     if current { Ok(()) } else { load().map(|_| ()) }
 }
@@ -96,10 +99,15 @@ fn load() -> Result<usize> {
     let ring = file::read(&path)?;
     let count = ring.len();
     for id in ring.ids() {
-        ring.get(&id).map(|key| session::protect_memory(key.expose()));
+        if let Some(key) = ring.get(&id) {
+            session::protect_memory(key.expose());
+        }
     }
     let configuration_time = session::configuration_time();
-    LOADED.set(Some(Loaded { ring, configuration_time }));
+    LOADED.set(Some(Loaded {
+        ring,
+        configuration_time,
+    }));
     Ok(count)
 }
 
@@ -114,10 +122,18 @@ pub fn not_configured() -> Error {
 }
 
 fn not_held(candidates: &[RootId]) -> Error {
-    let wanted = candidates.iter().map(RootId::to_string).collect::<Vec<_>>().join(", ");
+    let wanted = candidates
+        .iter()
+        .map(RootId::to_string)
+        .collect::<Vec<_>>()
+        .join(", ");
     let held = LOADED.with_borrow(|loaded| {
         loaded.as_ref().map_or(String::new(), |l| {
-            l.ring.ids().map(|id| id.to_string()).collect::<Vec<_>>().join(", ")
+            l.ring
+                .ids()
+                .map(|id| id.to_string())
+                .collect::<Vec<_>>()
+                .join(", ")
         })
     });
     Error::RootKey(

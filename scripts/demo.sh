@@ -57,7 +57,7 @@ sql "CREATE DATABASE shop"
 export PGDATABASE=shop
 
 say "2. A root key outside the database, the key 'pii', an application role and a rotator role"
-sql_file "$demo/schema.sql" >"$work/schema.out"
+PGOPTIONS='-c client_min_messages=warning' sql_file "$demo/schema.sql" >"$work/schema.out"
 
 say "3. The application seals $(thousands $customers) customers, five values each"
 begin=$(now_ms)

@@ -12,6 +12,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use lru::LruCache;
 use pgrx::pg_sys::Oid;
@@ -62,8 +63,10 @@ struct Cache {
 thread_local! {
     static CACHE: RefCell<Option<Cache>> = const { RefCell::new(None) };
     static WIPED_AT_EXIT_OF: Cell<i32> = const { Cell::new(0) };
-    static BARRIER_HELD: Cell<(i32, u32)> = const { Cell::new((0, 0)) };
 }
+
+/// Process and local transaction that hold the barrier lock. A static: it is read per value.
+static BARRIER_HELD: AtomicU64 = AtomicU64::new(0);
 
 /// Everything that sealing one value needs, with its place in the nonce sequence taken.
 pub struct Sealer<'a> {
@@ -96,7 +99,7 @@ pub fn seal<R>(
         context_bound,
     };
     with_cache(|cache| {
-        let entry = cache.sealable(slot)?;
+        let entry = latest(&mut cache.slots, slot).ok_or_else(no_cipher)?;
         let epoch = hooks::sealing_epoch();
         let process = session::process();
         let usable = !guc::salt_per_value()
@@ -136,33 +139,42 @@ pub fn open<R>(
     open: impl FnOnce(&Subkey) -> std::result::Result<R, OpenError>,
 ) -> Result<R> {
     let slot = envelope.header.slot;
+    let bound = envelope.header.context_bound;
     let user = session::current_user();
-    let generation = hooks::generation();
-    let fresh = with_cache(|cache| {
-        Ok(cache.slots.get(&slot).is_some_and(|entry| {
-            entry.generation == generation
-                && entry.user == user
-                && entry.may_decrypt
-                && entry.state.opens()
-                && entry.cipher.is_some()
-        }))
-    })?;
-    if !fresh || envelope.header.context_bound == context.is_empty() {
-        prepare_open(slot, user, envelope.header.context_bound, context)?;
-    }
-    with_cache(|cache| {
+    let mut open = Some(open);
+    let mut attempt = |cache: &mut Cache, generation: u64| {
         let Cache { slots, subkeys, .. } = cache;
-        let entry = slots.peek(&slot).ok_or_else(no_cipher)?;
-        let cipher = entry.cipher.as_ref().ok_or_else(no_cipher)?;
+        let Some(entry) = latest(slots, slot) else {
+            return Ok(None);
+        };
+        let usable = entry.generation == generation
+            && entry.user == user
+            && entry.may_decrypt
+            && entry.state.opens()
+            && bound != context.is_empty();
+        let (true, Some(cipher)) = (usable, &entry.cipher) else {
+            return Ok(None);
+        };
+        let Some(open) = open.take() else {
+            return Ok(None);
+        };
         subkeys
             .open_with(cipher, (slot, *envelope.salt), open)
+            .map(Some)
             .map_err(error::authentication(slot))
-    })
+    };
+    if let Some(opened) = with_cache(|cache| attempt(cache, hooks::generation()))? {
+        return Ok(opened);
+    }
+    // What was read counts for this value, even if it has changed again meanwhile.
+    let generation = prepare_open(slot, user, bound, context)?;
+    with_cache(|cache| attempt(cache, generation))?.ok_or_else(no_cipher)
 }
 
-/// The slow half of an open: reads what is missing or stale and finds the error, if any.
+/// The slow half of an open: reads what is missing or stale and finds the error, if any. Returns
+/// the generation of what was read.
 #[cold]
-fn prepare_open(slot: SlotId, user: Oid, bound: bool, context: &[u8]) -> Result<()> {
+fn prepare_open(slot: SlotId, user: Oid, bound: bool, context: &[u8]) -> Result<u64> {
     let row = refresh_slot(slot, user, Privilege::Decrypt)?;
     if !row.privileges.implies(Privilege::Decrypt) {
         return Err(lacks(user, &row.slot.key_name, Privilege::Decrypt));
@@ -182,7 +194,8 @@ fn prepare_open(slot: SlotId, user: Oid, bound: bool, context: &[u8]) -> Result<
         }
         _ => {}
     }
-    ensure_cipher(&row.slot)
+    ensure_cipher(&row.slot)?;
+    Ok(row.generation)
 }
 
 /// The active slot of a key that the current user may seal under.
@@ -191,9 +204,13 @@ fn sealing_slot(name: &[u8], context_bound: bool) -> Result<SlotId> {
     let user = session::current_user();
     let generation = hooks::generation();
     let known = with_cache(|cache| {
-        let Some(entry) = cache.keys.get(name) else {
-            return Ok(None);
+        let Cache { keys, slots, .. } = cache;
+        // The key of the last value is most often that of the next: no hash, no list.
+        let entry = match keys.peek_mru() {
+            Some((latest, _)) if **latest == *name => keys.peek_mru().map(|(_, entry)| entry),
+            _ => keys.get(name),
         };
+        let Some(entry) = entry else { return Ok(None) };
         let usable = entry.generation == generation
             && entry.user == user
             && entry.may_encrypt
@@ -203,8 +220,7 @@ fn sealing_slot(name: &[u8], context_bound: bool) -> Result<SlotId> {
             return Ok(None);
         };
         // The slot may have been evicted, or have lost its cipher.
-        Ok(cache
-            .slots
+        Ok(slots
             .peek(&slot)
             .is_some_and(|s| s.cipher.is_some())
             .then_some(slot))
@@ -254,6 +270,7 @@ fn prepare_seal(name: &[u8], user: Oid, context_bound: bool) -> Result<SlotId> {
 }
 
 struct Refreshed {
+    generation: u64,
     slot: read::SlotRow,
     privileges: Privileges,
 }
@@ -297,7 +314,11 @@ fn refresh_slot(id: SlotId, user: Oid, wanted: Privilege) -> Result<Refreshed> {
         }
         Ok(())
     })?;
-    Ok(Refreshed { slot, privileges })
+    Ok(Refreshed {
+        generation,
+        slot,
+        privileges,
+    })
 }
 
 /// Unwraps the slot's key if the session has no cipher of it yet.
@@ -322,12 +343,13 @@ fn ensure_cipher(slot: &read::SlotRow) -> Result<()> {
 /// pending invalidations: what is read of the cache after it is not older than the lock.
 #[inline]
 fn enter_barrier() -> Result<()> {
-    let here = (session::process(), session::local_transaction());
-    if BARRIER_HELD.get() == here {
+    let process = u64::from(session::process().unsigned_abs());
+    let here = process << 32 | u64::from(session::local_transaction());
+    if BARRIER_HELD.load(Relaxed) == here {
         return Ok(());
     }
     session::lock_for_top_transaction(catalog::barrier()?);
-    BARRIER_HELD.set(here);
+    BARRIER_HELD.store(here, Relaxed);
     Ok(())
 }
 
@@ -366,9 +388,15 @@ impl Cache {
     fn fits_setting(&self) -> bool {
         self.slots.cap().get() == guc::key_cache_slots()
     }
+}
 
-    fn sealable(&mut self, slot: SlotId) -> Result<&mut SlotEntry> {
-        self.slots.get_mut(&slot).ok_or_else(no_cipher)
+/// The entry of a slot, as the most recently used one. The slot of the last value is most often
+/// that of the next: then the list stays as it is.
+#[inline]
+fn latest(slots: &mut LruCache<SlotId, SlotEntry>, slot: SlotId) -> Option<&mut SlotEntry> {
+    match slots.peek_mru() {
+        Some((latest, _)) if *latest == slot => slots.peek_mut(&slot),
+        _ => slots.get_mut(&slot),
     }
 }
 

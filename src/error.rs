@@ -269,8 +269,13 @@ impl Error {
                 format!("permission denied for key \"{key}\""),
                 format!("Role \"{role}\" lacks the privilege {privilege} on it."),
                 format!(
-                    "An owner or manager of the key can grant it: rekey.grant_key(key_name, \
-                     role_name, '{{{privilege}}}')."
+                    "{} of the key can grant it: rekey.grant_key(key_name, role_name, \
+                     '{{{privilege}}}').",
+                    if privilege == Privilege::Owner {
+                        "An owner"
+                    } else {
+                        "An owner or manager"
+                    }
                 ),
             ),
             Error::Privilege(message, detail, hint) => {
@@ -284,7 +289,7 @@ impl Error {
             ),
             Error::RefusedType(name, reason) => (
                 ERRCODE_INVALID_PARAMETER_VALUE,
-                format!("values of type {name} cannot be sealed"),
+                format!("type {name} cannot be sealed or opened to"),
                 format!("Reason: {reason}."),
                 "Cast the value to text or to a type with a portable text form first.".to_string(),
             ),

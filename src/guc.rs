@@ -86,13 +86,15 @@ pub fn default_key<'a>() -> &'a [u8] {
 /// Whether each value gets a salt of its own.
 #[inline]
 pub fn salt_per_value() -> bool {
-    SALT_PER_VALUE.get()
+    // SAFETY: a plain variable that PostgreSQL sets between statements of this one thread.
+    unsafe { *SALT_PER_VALUE.as_ptr() }
 }
 
 /// Number of slots that the cache keeps.
 #[inline]
 pub fn key_cache_slots() -> usize {
-    usize::try_from(KEY_CACHE_SLOTS.get()).unwrap_or(16)
+    // SAFETY: as above.
+    usize::try_from(unsafe { *KEY_CACHE_SLOTS.as_ptr() }).unwrap_or(16)
 }
 
 /// Path of the keyring file, or None when it is not set.

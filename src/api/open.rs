@@ -80,7 +80,10 @@ fn open_as_type(call: &Call, bytes: &[u8]) -> Result<Reply> {
 
 #[inline]
 fn utf8_context(context: Option<&[u8]>) -> Result<Cow<'_, [u8]>> {
-    text::to_utf8(context.ok_or(Error::NullArgument("context"))?)
+    match context {
+        Some(context) => text::to_utf8(context),
+        None => Err(Error::NullArgument("context")),
+    }
 }
 
 /// Opens the envelope into a varlena of its own. The payload stays there.

@@ -66,11 +66,17 @@ fn encrypt_col_anyelement(fcinfo: FunctionCallInfo) -> Reply {
 /// Seals prefix and body, in UTF-8 where they are text, with the call's key name and context.
 #[inline]
 fn seal(call: &Call, kind: Kind, prefix: &[u8], body: &[u8]) -> Result<Reply> {
-    let key = match call.bytes(1).ok_or(Error::NullArgument("key_name"))? {
-        [] => guc::default_key(),
-        name => name,
+    let Some(name) = call.bytes(1) else {
+        return Err(Error::NullArgument("key_name"));
     };
-    let context = call.bytes(2).ok_or(Error::NullArgument("context"))?;
+    let Some(context) = call.bytes(2) else {
+        return Err(Error::NullArgument("context"));
+    };
+    let key = if name.is_empty() {
+        guc::default_key()
+    } else {
+        name
+    };
     if key.is_empty() {
         return Err(Error::NoDefaultKey);
     }

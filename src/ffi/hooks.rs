@@ -148,11 +148,27 @@ unsafe extern "C-unwind" fn emit_log(edata: *mut pg_sys::ErrorData) {
             // The log prints an inner query whatever hide_stmt says.
             (*edata).internalquery = std::ptr::null_mut();
         }
+        // Two messages quote other processes' statements: a deadlock's detail for the log, and the
+        // detail of the postmaster on a backend that crashed. PostgreSQL frees what stands there.
+        if names_a_verb((*edata).detail_log) {
+            (*edata).detail_log = withheld(edata);
+        }
+        if !pg_sys::IsUnderPostmaster && names_a_verb((*edata).detail) {
+            (*edata).detail = withheld(edata);
+        }
         #[allow(static_mut_refs, reason = "written once, before any backend runs")]
         if let Some(next) = NEXT_EMIT_LOG {
             next(edata);
         }
     }
+}
+
+/// # Safety
+/// `edata` is live.
+unsafe fn withheld(edata: *mut pg_sys::ErrorData) -> *mut std::ffi::c_char {
+    let text = c"(withheld: it quotes a statement that seals or opens values)";
+    // SAFETY: promised by the caller; the copy lives as long as the report.
+    unsafe { pg_sys::MemoryContextStrdup((*edata).assoc_context, text.as_ptr()) }
 }
 
 /// Whether the text contains encrypt_col or decrypt_col, in any case.

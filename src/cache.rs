@@ -28,8 +28,7 @@ use crate::{guc, lifecycle, root_key};
 /// What the session knows of a key by name (as in the server's encoding).
 struct KeyEntry {
     generation: u64,
-    user: Oid,
-    may_encrypt: bool,
+    may_encrypt: Verdicts,
     require_context: bool,
     seals: bool,
     active: Option<SlotId>,
@@ -38,11 +37,35 @@ struct KeyEntry {
 /// What the session knows of a slot.
 struct SlotEntry {
     generation: u64,
-    user: Oid,
-    may_decrypt: bool,
+    may_decrypt: Verdicts,
     state: SlotState,
     cipher: Option<XaesKey>,
     sealing: Option<Sealing>,
+}
+
+/// Which of the latest users hold a privilege. Several, since SECURITY DEFINER functions and
+/// their callers take turns within one query.
+#[derive(Clone, Copy)]
+struct Verdicts([(Oid, bool); 4]);
+
+impl Verdicts {
+    fn of(user: Oid, holds: bool) -> Verdicts {
+        let mut verdicts = Verdicts([(Oid::INVALID, false); 4]);
+        verdicts.0[0] = (user, holds);
+        verdicts
+    }
+
+    /// Whether the user is known to hold the privilege.
+    #[inline]
+    fn allow(&self, user: Oid) -> bool {
+        self.0.contains(&(user, true))
+    }
+
+    /// Remembers one more user in the place of the one that was learned first.
+    fn learn(&mut self, user: Oid, holds: bool) {
+        self.0.rotate_right(1);
+        self.0[0] = (user, holds);
+    }
 }
 
 struct Sealing {
@@ -148,8 +171,7 @@ pub fn open<R>(
             return Ok(None);
         };
         let usable = entry.generation == generation
-            && entry.user == user
-            && entry.may_decrypt
+            && entry.may_decrypt.allow(user)
             && entry.state.opens()
             && bound != context.is_empty();
         let (true, Some(cipher)) = (usable, &entry.cipher) else {
@@ -212,8 +234,7 @@ fn sealing_slot(name: &[u8], context_bound: bool) -> Result<SlotId> {
         };
         let Some(entry) = entry else { return Ok(None) };
         let usable = entry.generation == generation
-            && entry.user == user
-            && entry.may_encrypt
+            && entry.may_encrypt.allow(user)
             && entry.seals
             && (context_bound || !entry.require_context);
         let Some(slot) = entry.active.filter(|_| usable) else {
@@ -239,9 +260,16 @@ fn prepare_seal(name: &[u8], user: Oid, context_bound: bool) -> Result<SlotId> {
     let may_encrypt = read::privileges(name, user)?.implies(Privilege::Encrypt);
     let active = read::active_slot(name)?;
     with_cache(|cache| {
+        let may_encrypt = match cache.keys.peek(name) {
+            Some(known) if known.generation == generation => {
+                let mut verdicts = known.may_encrypt;
+                verdicts.learn(user, may_encrypt);
+                verdicts
+            }
+            _ => Verdicts::of(user, may_encrypt),
+        };
         let entry = KeyEntry {
             generation,
-            user,
             may_encrypt,
             require_context: key.require_context,
             seals: key.seals,
@@ -285,11 +313,12 @@ fn refresh_slot(id: SlotId, user: Oid, wanted: Privilege) -> Result<Refreshed> {
         let may_decrypt = privileges.implies(Privilege::Decrypt);
         match cache.slots.get_mut(&id) {
             Some(entry) => {
-                // Whoever seals only must not spoil what another user may open: entry.user names
-                // whose privilege may_decrypt is.
+                if entry.generation == generation {
+                    entry.may_decrypt.learn(user, may_decrypt);
+                } else {
+                    entry.may_decrypt = Verdicts::of(user, may_decrypt);
+                }
                 entry.generation = generation;
-                entry.user = user;
-                entry.may_decrypt = may_decrypt;
                 entry.state = slot.state;
                 if !slot.state.opens() {
                     entry.cipher = None;
@@ -300,8 +329,7 @@ fn refresh_slot(id: SlotId, user: Oid, wanted: Privilege) -> Result<Refreshed> {
             None if privileges.implies(wanted) => {
                 let entry = SlotEntry {
                     generation,
-                    user,
-                    may_decrypt,
+                    may_decrypt: Verdicts::of(user, may_decrypt),
                     state: slot.state,
                     cipher: None,
                     sealing: None,

@@ -337,8 +337,8 @@ impl Error {
                 ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
                 "extension pg_rekey is in use and cannot be dropped".to_string(),
                 format!(
-                    "{slots} slots of {keys} keys can still open values; without them every \
-                     sealed value is lost."
+                    "Slots that can still open values: {slots}, of keys: {keys}; without them \
+                     every sealed value is lost."
                 ),
                 "Take the values out and shred the keys (rekey.shred_key), or, as a superuser \
                  who means it, SET rekey.allow_drop = on."

@@ -62,8 +62,16 @@ fn grantee(name: &str) -> Result<Oid> {
     session::role(name).ok_or_else(|| Error::UnknownRole(name.to_string()))
 }
 
+/// Like `grantee`, and also the bare number that the view shows for a role that was dropped.
+fn former_grantee(name: &str) -> Result<Oid> {
+    grantee(name).or_else(|error| name.parse().map(Oid::from_u32).map_err(|_| error))
+}
+
 /// Key, role and privileges of a grant or revocation that the caller may make.
-fn change(call: &Call) -> Result<(String, String, Oid, Vec<Privilege>)> {
+fn change(
+    call: &Call,
+    role_of: fn(&str) -> Result<Oid>,
+) -> Result<(String, String, Oid, Vec<Privilege>)> {
     let key = key_name(call, 0)?;
     let role = call.required_text(1, "role_name")?;
     let wanted = call
@@ -77,7 +85,7 @@ fn change(call: &Call) -> Result<(String, String, Oid, Vec<Privilege>)> {
         Privilege::Manage
     };
     require(&key, needed)?;
-    let oid = grantee(&role)?;
+    let oid = role_of(&role)?;
     write::lock_key(&key)?;
     Ok((key, role, oid, wanted))
 }
@@ -100,7 +108,7 @@ fn audit(action: &str, key: &str, role: &str, privileges: &[Privilege]) -> Resul
 fn grant_key(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
         session::refuse_read_only(c"grant_key()");
-        let (key, role, oid, privileges) = change(&call)?;
+        let (key, role, oid, privileges) = change(&call, grantee)?;
         for privilege in &privileges {
             write::insert_grant(&key, oid, *privilege)?;
         }
@@ -113,7 +121,7 @@ fn grant_key(fcinfo: FunctionCallInfo) -> Reply {
 fn revoke_key(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
         session::refuse_read_only(c"revoke_key()");
-        let (key, role, oid, privileges) = change(&call)?;
+        let (key, role, oid, privileges) = change(&call, former_grantee)?;
         for privilege in &privileges {
             write::delete_grant(&key, oid, *privilege)?;
         }

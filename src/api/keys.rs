@@ -213,7 +213,7 @@ fn drop_key(fcinfo: FunctionCallInfo) -> Reply {
         if count > 0 {
             return Err(Error::State(
                 format!("key \"{name}\" has slots in use"),
-                format!("{count} of its slots are neither pending nor destroyed."),
+                format!("Slots that are neither pending nor destroyed: {count}."),
                 "Destroy them first, or SELECT rekey.shred_key(key_name, reason).".to_string(),
             ));
         }

@@ -56,12 +56,14 @@ pub fn reload() -> Result<usize> {
 
 /// Runs `use_key` with the first of `candidates` that this server holds. Reads the keyring when
 /// it was not read since the last reload of the configuration, and once more when none is known.
+/// A keyring that cannot be read hurts nothing that this process holds already.
 pub fn with_any<R>(
     candidates: &[RootId],
     use_key: impl FnOnce(RootId, &RootKey) -> R,
 ) -> Result<R> {
-    refresh()?;
+    let refreshed = refresh();
     if held_of(candidates).is_none() {
+        refreshed?;
         load()?;
     }
     let id = held_of(candidates).ok_or_else(|| not_held(candidates))?;

@@ -189,7 +189,8 @@ impl Error {
             Error::NullArgument(name) => (
                 ERRCODE_NULL_VALUE_NOT_ALLOWED,
                 format!("{name} must not be null"),
-                "A NULL here would silently mean another key or no binding.".to_string(),
+                "NULL is never taken for a default: it could mean another key, or no binding."
+                    .to_string(),
                 format!("Pass a value for {name}, or leave the argument out for its default."),
             ),
             Error::Argument(message, detail, hint) => {

@@ -113,13 +113,8 @@ impl Error {
     /// Raises the error. Does not return.
     #[cold]
     pub fn raise(self) -> ! {
-        if let Error::Foreign { code, what } = self {
-            crate::ffi::types::raise(
-                code,
-                &format!("the value could not be converted: {what}"),
-                "The original message is withheld, since it may quote the value.",
-                "Check that the value fits the type that was asked for.",
-            );
+        if let Error::Foreign { code, .. } = self {
+            crate::ffi::types::override_sqlstate(code);
         }
         let (code, message, detail, hint) = self.texts();
         let mut report = ErrorReport::new(code, message, function_name!());
@@ -307,8 +302,13 @@ impl Error {
                 "The type's name is part of the sealed value.".to_string(),
                 "decrypt_col returns its text form without the type.".to_string(),
             ),
-            // Raised before, since its SQLSTATE may be nobody's but the user's.
-            Error::Foreign { what, .. } => entry(ERRCODE_INTERNAL_ERROR, what, String::new(), ""),
+            // Its own SQLSTATE takes the place of this one: see `raise`.
+            Error::Foreign { what, .. } => (
+                ERRCODE_INTERNAL_ERROR,
+                format!("the value could not be converted: {what}"),
+                "The original message is withheld, since it may quote the value.".to_string(),
+                "Check that the value fits the type that was asked for.".to_string(),
+            ),
             Error::NotEncodable => entry(
                 ERRCODE_CHARACTER_NOT_IN_REPERTOIRE,
                 "text cannot be converted between UTF-8 and the database encoding",

@@ -425,27 +425,31 @@ fn composite_refusal(type_oid: pg_sys::Oid, seen: &mut Vec<pg_sys::Oid>) -> Opti
         .find_map(|column| refusal_within(column, seen))
 }
 
-/// Raises an ERROR with any SQLSTATE, also one that only users' code knows. Does not return.
-pub fn raise(code: c_int, message: &str, detail: &str, hint: &str) -> ! {
-    let c = |text: &str| {
-        let server = super::text::to_server(text.as_bytes()).map(|t| t.into_owned());
-        CString::new(server.unwrap_or_default()).unwrap_or_default()
-    };
-    let (message, detail, hint) = (c(message), c(detail), c(hint));
-    // SAFETY: ErrorData is plain C data for which zero means absent. The texts are copied into
-    // the current memory context, so that nothing of ours is left behind by the jump.
-    unsafe {
-        let mut report: pg_sys::ErrorData = std::mem::zeroed();
-        report.elevel = pgrx::PgLogLevel::ERROR as c_int;
-        report.sqlerrcode = code;
-        report.message = pg_sys::pstrdup(message.as_ptr());
-        report.detail = pg_sys::pstrdup(detail.as_ptr());
-        report.hint = pg_sys::pstrdup(hint.as_ptr());
-        report.assoc_context = pg_sys::CurrentMemoryContext;
-        drop((message, detail, hint));
-        pg_sys::ThrowErrorData(&mut report);
+/// Gives the ERROR that this process is about to raise an SQLSTATE that only users' code knows:
+/// pgrx raises PostgreSQL's own ones only. A context callback sets it at the last moment.
+pub fn override_sqlstate(code: c_int) {
+    unsafe extern "C-unwind" {
+        /// src/backend/utils/error/elog.c
+        fn errcode(sqlerrcode: c_int) -> c_int;
     }
-    unreachable!("ERROR does not return")
+    #[pgrx::pg_guard]
+    unsafe extern "C-unwind" fn set(_arg: *mut std::ffi::c_void) {
+        // SAFETY: called by errfinish only, while the report is being made.
+        unsafe { errcode(SQLSTATE.get()) };
+    }
+    static mut CALLBACK: pg_sys::ErrorContextCallback = pg_sys::ErrorContextCallback {
+        previous: std::ptr::null_mut(),
+        callback: Some(set),
+        arg: std::ptr::null_mut(),
+    };
+    SQLSTATE.set(code);
+    // SAFETY: the callback is a static, so it outlives the jump; whoever catches the ERROR puts
+    // the stack of callbacks back to his own.
+    unsafe {
+        let callback = &raw mut CALLBACK;
+        (*callback).previous = pg_sys::error_context_stack;
+        pg_sys::error_context_stack = callback;
+    }
 }
 
 /// The text form of a timestamptz, in the session's settings.

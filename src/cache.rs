@@ -255,8 +255,9 @@ fn sealing_slot(name: &[u8], context_bound: bool) -> Result<SlotId> {
 #[cold]
 fn prepare_seal(name: &[u8], user: Oid, context_bound: bool) -> Result<SlotId> {
     let generation = hooks::generation();
-    let shown = || crate::ffi::text::to_utf8_string(name);
-    let key = read::key(name)?.ok_or(Error::UnknownKey(shown()?))?;
+    let Some(key) = read::key(name)? else {
+        return Err(Error::unknown_key(crate::ffi::text::to_utf8_string(name)?));
+    };
     let may_encrypt = read::privileges(name, user)?.implies(Privilege::Encrypt);
     let active = read::active_slot(name)?;
     with_cache(|cache| {

@@ -8,7 +8,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgLogLevel, function_name};
 use rekey_core::cipher::{OpenError, RandomError};
 use rekey_core::envelope::{EnvelopeError, SlotId};
-use rekey_core::keyring::{KeyNameError, Privilege, SlotState};
+use rekey_core::keyring::{KeyNameError, Privilege, SlotState, valid_key_name};
 
 /// What can go wrong, with the facts that the message needs.
 #[derive(Debug)]
@@ -110,6 +110,14 @@ pub fn authentication(slot: SlotId) -> impl FnOnce(OpenError) -> Error {
 }
 
 impl Error {
+    /// No key of that name: 22023 for one that no key can have, else 42704.
+    pub fn unknown_key(name: String) -> Error {
+        match valid_key_name(&name) {
+            Err(cause) => Error::KeyName(cause),
+            Ok(()) => Error::UnknownKey(name),
+        }
+    }
+
     /// Raises the error. Does not return.
     #[cold]
     pub fn raise(self) -> ! {

@@ -130,7 +130,7 @@ fn wrong_root_key(id: RootId) -> Error {
 /// Locks a key and returns its slots by version; 42704 when there is no such key.
 pub fn lock(key: &str) -> Result<Vec<SlotRow>> {
     if !write::lock_key(key)? {
-        return Err(Error::UnknownKey(key.to_string()));
+        return Err(Error::unknown_key(key.to_string()));
     }
     read::slots_of(&text::to_server(key.as_bytes())?)
 }
@@ -219,6 +219,6 @@ fn refuse_shredded(key: &str) -> Result<()> {
                 .to_string(),
         )),
         Some(_) => Ok(()),
-        None => Err(Error::UnknownKey(key.to_string())),
+        None => Err(Error::unknown_key(key.to_string())),
     }
 }

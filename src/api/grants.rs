@@ -19,7 +19,7 @@ fn privileges_of(key: &str, user: Oid) -> Result<Privileges> {
 /// Refuses a caller without the privilege: 42704 for an unknown key, 42501 otherwise.
 pub fn require(key: &str, privilege: Privilege) -> Result<()> {
     if read::key(&text::to_server(key.as_bytes())?)?.is_none() {
-        return Err(Error::UnknownKey(key.to_string()));
+        return Err(Error::unknown_key(key.to_string()));
     }
     let user = session::current_user();
     if privileges_of(key, user)?.implies(privilege) {
@@ -134,7 +134,7 @@ fn has(call: &Call, user: Oid, key: usize) -> Result<Reply> {
     let name = call.required_text(key, "key_name")?;
     let wanted = privilege(&call.required_text(key + 1, "privilege")?)?;
     if read::key(&text::to_server(name.as_bytes())?)?.is_none() {
-        return Err(Error::UnknownKey(name));
+        return Err(Error::unknown_key(name));
     }
     Ok(Reply::bool(privileges_of(&name, user)?.implies(wanted)))
 }

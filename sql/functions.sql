@@ -77,6 +77,17 @@ CREATE FUNCTION rekey.set_policy(key_name text, grace interval DEFAULT NULL, max
 COMMENT ON FUNCTION rekey.set_policy(text, interval, interval, text, boolean, text) IS
     'Changes the policy of a key; NULL leaves a setting as it is';
 
+CREATE FUNCTION rekey.prepare_key(key_name text) RETURNS bigint
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'prepare_key_wrapper';
+COMMENT ON FUNCTION rekey.prepare_key(text) IS
+    'Stages a pending slot ahead of a rotation, so that every standby knows it before its first use, and returns its id';
+
+CREATE FUNCTION rekey.promote_key(key_name text, wait_for_standbys boolean DEFAULT false,
+        wait_timeout interval DEFAULT '30 s') RETURNS bigint
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'promote_key_wrapper';
+COMMENT ON FUNCTION rekey.promote_key(text, boolean, interval) IS
+    'Makes the pending slot active, on demand once every standby has replayed it, and returns its id';
+
 CREATE FUNCTION rekey.rollback_rotation(key_name text) RETURNS bigint
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'rollback_rotation_wrapper';
 COMMENT ON FUNCTION rekey.rollback_rotation(text) IS
@@ -108,6 +119,11 @@ CREATE FUNCTION rekey.destroy_slot(slot_id bigint, force boolean DEFAULT false) 
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'destroy_slot_wrapper';
 COMMENT ON FUNCTION rekey.destroy_slot(bigint, boolean) IS
     'Deletes the wrapped keys of a slot for ever; force (superuser) skips the proof';
+
+CREATE FUNCTION rekey.mark_compromised(slot_id bigint, reason text) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'mark_compromised_wrapper';
+COMMENT ON FUNCTION rekey.mark_compromised(bigint, text) IS
+    'Reports a slot as compromised: it seals no more, is never promoted or rolled back to, and any proof is void';
 
 -- Privileges.
 

@@ -8,6 +8,7 @@
 //! | `api` | the SQL functions, by subject |
 //! | `lifecycle` | creation, rotation, rollback, end of keys and slots |
 //! | `cache` | what a session keeps ready: slots, subkeys, privileges |
+//! | `standbys` | waiting until they have replayed what was committed |
 //! | `typed` | values of any type as payloads, and back |
 //! | `root_key` | where root keys come from |
 //! | `catalog` | the only place that knows our tables |
@@ -24,6 +25,7 @@ mod ffi;
 mod guc;
 mod lifecycle;
 mod root_key;
+mod standbys;
 mod typed;
 
 pgrx::pg_module_magic!(name, version);

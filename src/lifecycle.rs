@@ -4,6 +4,7 @@
 //! the other, then reads the slots under a snapshot taken after the lock. A new slot is wrapped
 //! and unwrapped again before anything is written: a missing or wrong root key is found first.
 
+use pgrx::pg_sys;
 use rekey_core::cipher::{Dek, RootId};
 use rekey_core::envelope::SlotId;
 use rekey_core::keyring::SlotState;
@@ -12,7 +13,7 @@ use crate::catalog::read::{self, SlotRow};
 use crate::catalog::write::{self, Audit};
 use crate::error::{Error, Result};
 use crate::ffi::text;
-use crate::root_key;
+use crate::{root_key, standbys};
 
 /// A slot that exists in memory only: made, wrapped and unwrapped again.
 struct NewSlot {
@@ -148,25 +149,80 @@ pub fn slot(id: i64) -> Result<SlotRow> {
     read::slot(SlotId::from_i64(id).ok_or_else(unknown)?)?.ok_or_else(unknown)
 }
 
-/// A new active slot; the one before stays readable as previous.
+/// A new active slot; the one before stays readable as previous. A pending slot is promoted.
 pub fn rotate(key: &str, reason: &str) -> Result<SlotId> {
     let slots = lock(key)?;
     refuse_shredded(key)?;
-    let active = slots.iter().find(|slot| slot.state == SlotState::Active);
-    if let Some(pending) = slots.iter().find(|slot| slot.state == SlotState::Pending) {
-        unwrap(pending)?;
-        if let Some(active) = active {
-            write::transition(active, SlotState::Previous, "rotate_key", "")?;
-        }
-        write::transition(pending, SlotState::Active, "rotate_key", reason)?;
-        return Ok(pending.id);
+    if let Some(pending) = in_state(&slots, SlotState::Pending) {
+        return activate(&slots, pending, "rotate_key", reason);
     }
     // Made before anything is written: a missing root key leaves everything as it was.
     let fresh = NewSlot::make(key)?;
-    if let Some(active) = active {
+    if let Some(active) = in_state(&slots, SlotState::Active) {
         write::transition(active, SlotState::Previous, "rotate_key", "")?;
     }
     fresh.insert(key, SlotState::Active, "rotate_key", reason)
+}
+
+/// A pending slot: the one that is there, or a new one.
+pub fn prepare(key: &str) -> Result<SlotId> {
+    let slots = lock(key)?;
+    refuse_shredded(key)?;
+    match in_state(&slots, SlotState::Pending) {
+        Some(pending) => Ok(pending.id),
+        None => NewSlot::make(key)?.insert(key, SlotState::Pending, "prepare_key", ""),
+    }
+}
+
+/// Makes the pending slot active; with a time limit (an interval datum) once every standby has
+/// replayed it.
+pub fn promote(key: &str, wait: Option<pg_sys::Datum>) -> Result<SlotId> {
+    let slots = lock(key)?;
+    refuse_shredded(key)?;
+    let pending = in_state(&slots, SlotState::Pending).ok_or_else(|| {
+        Error::State(
+            format!("key \"{key}\" has no pending slot"),
+            "Only a slot that prepare_key has staged is promoted.".to_string(),
+            "SELECT rekey.prepare_key(key_name), or rotate_key for both steps at once.".to_string(),
+        )
+    })?;
+    if let Some(timeout) = wait {
+        if pending.made_here {
+            return Err(Error::State(
+                format!("slot {} was prepared in this transaction", pending.id),
+                "No standby can have replayed what is not committed yet.".to_string(),
+                "Commit after prepare_key, then promote_key in another transaction.".to_string(),
+            ));
+        }
+        standbys::wait_for_replay(timeout)?;
+    }
+    activate(&slots, pending, "promote_key", "")
+}
+
+/// Puts a slot in the place of the active one, after a proof that it can be unwrapped.
+fn activate(slots: &[SlotRow], next: &SlotRow, action: &str, reason: &str) -> Result<SlotId> {
+    unwrap(next)?;
+    if let Some(active) = in_state(slots, SlotState::Active) {
+        write::transition(active, SlotState::Previous, action, "")?;
+    }
+    write::transition(next, SlotState::Active, action, reason)?;
+    Ok(next.id)
+}
+
+fn in_state(slots: &[SlotRow], state: SlotState) -> Option<&SlotRow> {
+    slots.iter().find(|slot| slot.state == state)
+}
+
+/// Marks a slot, whose key is locked, as compromised: it seals no more and no proof of it stands.
+pub fn mark_compromised(slot: &SlotRow, reason: &str) -> Result<()> {
+    let action = "mark_compromised";
+    write::stamp_compromised(slot, action, reason)?;
+    match slot.state {
+        SlotState::Active => rotate(&slot.key_name, reason).map(|_| ()),
+        SlotState::Pending => write::transition(slot, SlotState::Destroyed, action, ""),
+        SlotState::Drained => write::transition(slot, SlotState::Previous, action, ""),
+        SlotState::Previous | SlotState::Disabled | SlotState::Destroyed => Ok(()),
+    }
 }
 
 /// The latest superseded slot becomes active again, the active one previous.
@@ -186,12 +242,7 @@ pub fn roll_back(key: &str) -> Result<SlotId> {
                 "rekey.slots shows the states; rotate_key goes forward.".to_string(),
             )
         })?;
-    unwrap(target)?;
-    if let Some(active) = slots.iter().find(|slot| slot.state == SlotState::Active) {
-        write::transition(active, SlotState::Previous, "rollback_rotation", "")?;
-    }
-    write::transition(target, SlotState::Active, "rollback_rotation", "")?;
-    Ok(target.id)
+    activate(&slots, target, "rollback_rotation", "")
 }
 
 /// Destroys every slot of a key and closes its name. Returns how many were destroyed.

@@ -174,6 +174,30 @@ fn rotate_key(fcinfo: FunctionCallInfo) -> Reply {
 }
 
 #[pg_extern(sql = false)]
+fn prepare_key(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"prepare_key()");
+        let name = key_name(&call, 0)?;
+        require(&name, Privilege::Rotate)?;
+        Ok(Reply::i64(lifecycle::prepare(&name)?.as_i64()))
+    })
+}
+
+#[pg_extern(sql = false)]
+fn promote_key(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"promote_key()");
+        let name = key_name(&call, 0)?;
+        let wait = call.required_bool(1, "wait_for_standbys")?;
+        let timeout = interval(&call, 2, "wait_timeout")?;
+        let timeout = timeout.ok_or(Error::NullArgument("wait_timeout"))?;
+        require(&name, Privilege::Rotate)?;
+        let timeout = wait.then_some(timeout);
+        Ok(Reply::i64(lifecycle::promote(&name, timeout)?.as_i64()))
+    })
+}
+
+#[pg_extern(sql = false)]
 fn rollback_rotation(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
         session::refuse_read_only(c"rollback_rotation()");

@@ -1,4 +1,4 @@
-//! Single slots: disable_slot, enable_slot, destroy_slot.
+//! Single slots: disable_slot, enable_slot, destroy_slot, mark_compromised.
 
 use pgrx::pg_sys::FunctionCallInfo;
 use pgrx::prelude::*;
@@ -121,6 +121,30 @@ fn destroy_slot(fcinfo: FunctionCallInfo) -> Reply {
         }
         let reason = if force { "forced" } else { "" };
         write::transition(&slot, SlotState::Destroyed, "destroy_slot", reason)?;
+        Ok(Reply::void())
+    })
+}
+
+#[pg_extern(sql = false)]
+fn mark_compromised(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"mark_compromised()");
+        let reason = call.required_text(1, "reason")?;
+        let slot = managed_slot(&call)?;
+        if slot.state == SlotState::Destroyed {
+            return Err(repeated(&slot));
+        }
+        if slot.compromised {
+            return Err(Error::State(
+                format!("slot {} is marked as compromised already", slot.id),
+                format!(
+                    "It is version {} of key \"{}\".",
+                    slot.version, slot.key_name
+                ),
+                "Nothing is left to do but to re-encrypt what it sealed.".to_string(),
+            ));
+        }
+        lifecycle::mark_compromised(&slot, &reason)?;
         Ok(Reply::void())
     })
 }

@@ -46,6 +46,8 @@ pub struct SlotRow {
     pub compromised: bool,
     /// Whether a proof that it is unused stands.
     pub proved: bool,
+    /// Whether the row was written in the current transaction.
+    pub made_here: bool,
 }
 
 /// A row of rekey.root_key.
@@ -209,5 +211,6 @@ fn slot_row(row: &Row<'_>) -> Result<SlotRow> {
         superseded_at: timestamp(8),
         compromised: row.datum(12).is_some(),
         proved: row.datum(14).is_some(),
+        made_here: row.written_here(),
     })
 }

@@ -279,6 +279,24 @@ pub fn transition(slot: &SlotRow, to: SlotState, action: &str, reason: &str) -> 
     .record()
 }
 
+/// Stamps a slot as compromised, which voids its proof, and records it.
+pub fn stamp_compromised(slot: &SlotRow, action: &str, reason: &str) -> Result<()> {
+    run(
+        "UPDATE rekey.key_slot SET compromised_at = clock_timestamp(), proof = NULL, reason = $2 \
+         WHERE slot_id = $1",
+        &[Arg::Bigint(slot.id.as_i64()), Arg::Text(reason)],
+    )?;
+    Audit {
+        action,
+        key: Some(&slot.key_name),
+        slot: Some(slot.id),
+        from: Some(slot.state),
+        to: Some(slot.state),
+        detail: reason,
+    }
+    .record()
+}
+
 /// Grants a privilege; role 0 is everyone. Granting twice is fine.
 pub fn insert_grant(key: &str, role: pg_sys::Oid, privilege: Privilege) -> Result<()> {
     run(

@@ -123,6 +123,16 @@ impl Row<'_> {
         (!null).then_some(datum)
     }
 
+    /// Whether the current transaction has written this version of the row.
+    pub fn written_here(&self) -> bool {
+        // SAFETY: the tuple is in memory while the scan is on this row; t_heap is the variant of
+        // every stored tuple.
+        unsafe {
+            let xmin = (*(*self.tuple).t_data).t_choice.t_heap.t_xmin;
+            pg_sys::TransactionIdIsCurrentTransactionId(xmin)
+        }
+    }
+
     /// A text or bytea column's bytes, copied. NULL is empty.
     pub fn bytes(&self, attribute: i16) -> Vec<u8> {
         self.datum(attribute)

@@ -206,6 +206,23 @@ pub fn refuse_read_only(function: &std::ffi::CStr) {
     unsafe { pg_sys::PreventCommandIfReadOnly(function.as_ptr()) }
 }
 
+/// Sleeps, but wakes for a cancel, a timeout or a shutdown, which then raise.
+pub fn sleep_ms(milliseconds: i64) {
+    let events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
+    // SAFETY: MyLatch is this process's own; ResetLatch before looking at the interrupts, as
+    // src/backend/utils/adt/misc.c does in pg_sleep.
+    unsafe {
+        pg_sys::WaitLatch(
+            pg_sys::MyLatch,
+            events as std::ffi::c_int,
+            milliseconds,
+            pg_sys::PG_WAIT_EXTENSION,
+        );
+        pg_sys::ResetLatch(pg_sys::MyLatch);
+    }
+    pgrx::check_for_interrupts!();
+}
+
 /// The operating-system user that the server runs as.
 pub fn server_user() -> u32 {
     // SAFETY: never fails.

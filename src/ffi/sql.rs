@@ -85,6 +85,17 @@ pub fn bigint(sql: &str, args: &[Arg<'_>]) -> Result<Option<i64>> {
     })
 }
 
+/// Runs one statement as the catalog's owner and returns its first text, NULL and no row as None.
+pub fn text(sql: &str, args: &[Arg<'_>]) -> Result<Option<String>> {
+    execute(sql, args, |table| {
+        if table.is_empty() {
+            return Ok(None);
+        }
+        let datum = table.first().get_datum_by_ordinal(1)?;
+        Ok(datum.map(|d| String::from_utf8_lossy(super::text::detoasted(d)).into_owned()))
+    })
+}
+
 fn execute<R>(
     sql: &str,
     args: &[Arg<'_>],

@@ -149,8 +149,8 @@ fn a_result_over_one_gigabyte_is_refused() {
     let database = cluster().database("huge_result");
     let mut client = database.connect();
     client.run("SELECT rekey.create_key('pii')");
-    let sealed = "encrypt_col(repeat('x', 600000000)::bytea, 'pii')";
-    client.refuse(&format!("SELECT length(decrypt_col({sealed}))"), "54000");
-    let bytes = format!("SELECT length(decrypt_col_as({sealed}, NULL::bytea))");
-    assert_eq!(client.number(&bytes), 600_000_000);
+    // One pass only: a debug build seals a few megabytes per second.
+    client.run("CREATE TABLE t AS SELECT encrypt_col(repeat('x', 540000000)::bytea, 'pii') AS c");
+    client.refuse("SELECT length(decrypt_col(c)) FROM t", "54000");
+    assert!(!client.truth("SELECT rekey.can_open(c, '') FROM t"));
 }

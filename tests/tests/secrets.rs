@@ -253,8 +253,15 @@ fn a_crash_report_does_not_quote_a_sealing_statement() {
     let cluster = Cluster::start(options(true));
     let log = log_of_ended_statement(&cluster, |_, pid| {
         cluster.kill_backend(pid);
+        rekey_tests::wait_until("the crash is reported", || {
+            cluster.log().contains("was terminated by signal 9")
+        });
         rekey_tests::wait_until("the server has restarted", || {
-            cluster.try_connect("app").is_some()
+            cluster
+                .log()
+                .matches("database system is ready to accept connections")
+                .count()
+                == 2
         });
     });
     assert!(log.contains("was terminated by signal 9"), "{log}");

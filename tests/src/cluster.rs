@@ -244,13 +244,12 @@ impl Cluster {
             .next()
             .expect("the postmaster's pid")
             .to_owned();
-        let children = run(Command::new("pgrep").args(["-P", &pid]));
+        let children = children_of(&pid);
         signal("KILL", &pid);
-        let children = String::from_utf8_lossy(&children.stdout).into_owned();
         wait_until("the server's processes are gone", || {
             children
-                .lines()
-                .chain([pid.as_str()])
+                .iter()
+                .chain([&pid])
                 .all(|child| !Path::new("/proc").join(child).join("exe").exists())
         });
         // Where nobody reaps orphans, the zombie's number would pass for a live postmaster.
@@ -465,8 +464,23 @@ fn server_ids() -> Option<(u32, u32)> {
     ))
 }
 
+/// The processes whose parent is `pid`.
+fn children_of(pid: &str) -> Vec<String> {
+    let parent = format!("PPid:\t{pid}");
+    let processes = fs::read_dir("/proc").expect("/proc");
+    processes
+        .flatten()
+        .filter(|process| {
+            fs::read_to_string(process.path().join("status"))
+                .is_ok_and(|status| status.lines().any(|line| line == parent))
+        })
+        .map(|process| process.file_name().to_string_lossy().into_owned())
+        .collect()
+}
+
 fn signal(name: &str, pid: &str) {
-    run(Command::new("kill").args(["-s", name, pid]));
+    // The shell's own kill: a small system has no other.
+    run(Command::new("sh").args(["-c", "kill -s \"$0\" \"$1\"", name, pid]));
 }
 
 /// The folder of all test clusters.

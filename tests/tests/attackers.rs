@@ -273,3 +273,38 @@ fn a_slot_under_anothers_check_value_or_name_does_not_open() {
     admin.refuse("SELECT encrypt_col('x', 'forged')", "F0000");
     assert_eq!(admin.text("SELECT decrypt_col(c) FROM t"), "one");
 }
+
+#[test]
+fn default_privileges_of_the_database_open_and_close_nothing() {
+    let database = cluster().empty_database("defaults", "");
+    let role = database.role("someone");
+    let mut admin = database.connect();
+    admin.run(
+        "ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO PUBLIC;
+         ALTER DEFAULT PRIVILEGES GRANT ALL ON SEQUENCES TO PUBLIC;
+         ALTER DEFAULT PRIVILEGES REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC",
+    );
+    database.install();
+    admin.run(&format!(
+        "SELECT rekey.create_key('pii'); SELECT rekey.grant_key('pii', '{role}', \
+         '{{encrypt,decrypt,rotate,manage}}')"
+    ));
+    let mut client = database.connect_as(&role);
+    for table in TABLES {
+        for sql in [
+            format!("TABLE rekey.{table}"),
+            format!("TRUNCATE rekey.{table}"),
+        ] {
+            client.fail(&sql, "42501");
+        }
+    }
+    client.fail("INSERT INTO rekey.key (key_name) VALUES ('x')", "42501");
+    client.fail("SELECT nextval('rekey.audit_id')", "42501");
+    client.fail("SELECT rekey.create_key('x')", "42501");
+    assert_eq!(
+        client.text("SELECT decrypt_col(encrypt_col('x', 'pii'))"),
+        "x"
+    );
+    client.run("SELECT rotate_key('pii'); SELECT rekey.ready(); TABLE rekey.keys");
+    client.run("SELECT rekey.can_open(encrypt_col(1, 'pii'), ''), rekey.context('a')");
+}

@@ -246,3 +246,28 @@ fn the_verbs_live_in_the_schema_that_one_chooses() {
     client.fail("ALTER EXTENSION pg_rekey SET SCHEMA public", "0A000");
     client.refuse("DROP SCHEMA crypto CASCADE", "55000");
 }
+
+#[test]
+fn a_warm_session_follows_an_extension_that_is_dropped_and_made_again() {
+    for cluster in [preloaded(), unloaded()] {
+        let database = database(cluster, "again");
+        let mut warm = database.connect();
+        assert_eq!(warm.text("SELECT decrypt_col(c) FROM app.t"), "one");
+        warm.run("SELECT encrypt_col('x', 'pii')");
+        database.connect().run(
+            "SET rekey.allow_drop = on; DROP EXTENSION pg_rekey; CREATE EXTENSION pg_rekey;
+             SELECT rekey.init_root_key()",
+        );
+        warm.refuse("SELECT decrypt_col(c) FROM app.t", "42704");
+        warm.refuse("SELECT encrypt_col('x', 'pii')", "42704");
+        warm.run("SELECT rekey.create_key('pii'); BEGIN");
+        assert_eq!(
+            warm.text("SELECT decrypt_col(encrypt_col('x', 'pii'))"),
+            "x"
+        );
+        let held = "SELECT count(*) FROM pg_locks WHERE relation = 'rekey.barrier'::regclass \
+            AND pid = pg_backend_pid()";
+        assert_eq!(warm.number(held), 1, "the lock is on the new table");
+        warm.run("COMMIT");
+    }
+}

@@ -264,3 +264,22 @@ fn under_another_root_key_the_error_says_which_one_is_missing() {
         2
     );
 }
+
+#[test]
+fn a_database_copied_as_a_template() {
+    let source = source("template");
+    cluster()
+        .connect("postgres")
+        .run("CREATE DATABASE template_2 TEMPLATE template");
+    let target = Database {
+        cluster: cluster(),
+        name: "template_2".to_owned(),
+    };
+    let role = "SELECT count(*) FROM rekey.key_grant WHERE grantee::text ~ '^[0-9]+$'";
+    // Unlike a dump, a copy keeps the grant of the dropped role.
+    assert_eq!(target.connect().number(role), 1);
+    target
+        .connect()
+        .run("DELETE FROM rekey.key_grant WHERE grantee::text ~ '^[0-9]+$'");
+    is_whole(&source, &target);
+}

@@ -123,3 +123,39 @@ fn an_error_in_a_parallel_worker_keeps_its_sqlstate_and_hint() {
     ));
     assert_eq!(client.number(OPEN_ALL), ROWS, "SET ROLE holds in workers");
 }
+
+#[test]
+fn everything_that_is_parallel_safe_runs_in_workers() {
+    let database = database(preloaded(), "views");
+    let reader = database.role("reader");
+    let mut client = database.connect();
+    client.run(&format!(
+        "SELECT rekey.grant_key('pii', '{reader}', '{{decrypt}}')"
+    ));
+    client.run(&format!(
+        "GRANT SELECT ON t TO {reader}; GRANT pg_monitor TO {reader}"
+    ));
+    let mut client = database.connect_as(&reader);
+    let force = if client.number("SELECT current_setting('server_version_num')::int") < 160_000 {
+        "force_parallel_mode"
+    } else {
+        "debug_parallel_query"
+    };
+    for sql in [
+        "SELECT count(*) > 0 FROM rekey.keys",
+        "SELECT count(*) > 0 FROM rekey.slots",
+        "SELECT count(*) > 0 FROM rekey.grants",
+        "SELECT count(*) > 0 FROM rekey.audit",
+        "SELECT bool_and(held_here) FROM rekey.root_keys",
+        "SELECT rekey.ready()",
+        "SELECT rekey.has_key_privilege('pii', 'decrypt')",
+        "SELECT rekey.can_open(c, '1') FROM t WHERE id = 1",
+        "SELECT rekey.is_envelope(c) FROM t WHERE id = 1",
+        "SELECT (rekey.describe(c)).key_name = 'pii' FROM t WHERE id = 1",
+        "SELECT decrypt_col_as(c, NULL::text, '1') = v FROM t WHERE id = 1",
+    ] {
+        let mut fresh = database.connect_as(&reader);
+        fresh.run(&format!("SET {force} = on"));
+        assert!(fresh.truth(sql), "{sql}");
+    }
+}

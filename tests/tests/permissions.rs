@@ -448,3 +448,54 @@ fn a_read_only_transaction_administers_nothing() {
     }
     admin.run(OPEN);
 }
+
+#[test]
+fn roles_are_named_exactly() {
+    let (database, mut admin) = database("odd_roles");
+    let (odd, upper) = ("odd \"role\", 'x'", "ODD_ROLES_UPPER");
+    admin.run(&format!(
+        "CREATE ROLE \"odd \"\"role\"\", 'x'\" LOGIN; CREATE ROLE \"{upper}\" LOGIN;
+         SELECT rekey.grant_key('pii', $${odd}$$, '{{decrypt}}')"
+    ));
+    admin.refuse(
+        "SELECT rekey.grant_key('pii', 'odd_roles_upper', '{decrypt}')",
+        "42704",
+    );
+    admin.run(&format!(
+        "SELECT rekey.grant_key('pii', '{upper}', '{{decrypt}}')"
+    ));
+    for role in [odd, upper] {
+        database.connect_as(role).run(OPEN);
+        let shown = format!("SELECT count(*) FROM rekey.grants WHERE grantee = $${role}$$");
+        assert_eq!(admin.number(&shown), 1);
+        admin.run(&format!(
+            "SELECT rekey.revoke_key('pii', $${role}$$, '{{decrypt}}')"
+        ));
+        database.connect_as(role).refuse(OPEN, "42501");
+    }
+}
+
+#[test]
+fn administration_works_when_the_owner_of_the_extension_is_no_superuser_any_more() {
+    let database = cluster().empty_database("demoted", "");
+    let (boss, owner) = (database.role("boss"), database.role("owner"));
+    let mut admin = database.connect();
+    admin.run(&format!(
+        "ALTER ROLE {boss} SUPERUSER; GRANT CREATE ON SCHEMA public TO {boss}"
+    ));
+    database
+        .connect_as(&boss)
+        .run("CREATE EXTENSION pg_rekey; SELECT rekey.init_root_key()");
+    admin.run(&format!(
+        "SELECT rekey.create_key('pii'); SELECT rekey.grant_key('pii', '{owner}', '{{owner}}');
+         ALTER ROLE {boss} NOSUPERUSER"
+    ));
+    let mut client = database.connect_as(&owner);
+    client.run(
+        "CREATE TEMP TABLE t AS SELECT encrypt_col('one', 'pii') AS c;
+         SELECT rotate_key('pii'); SELECT rekey.set_policy('pii', custodian => 'me');
+         SELECT decrypt_col(c) FROM t; SELECT rekey.shred_key('pii', 'x')",
+    );
+    assert!(client.number("SELECT count(*) FROM rekey.audit") > 5);
+    admin.run("SELECT rekey.create_key('other')");
+}

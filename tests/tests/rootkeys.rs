@@ -478,3 +478,37 @@ fn an_unknown_root_id_makes_a_session_read_the_file_again() {
     cluster.write_file(&first, both.as_bytes(), 0o600);
     assert_eq!(session.text(OPEN), "two", "no reload, no reconnection");
 }
+
+#[test]
+fn init_that_is_rolled_back_or_refused_leaves_nothing_wrong() {
+    let cluster = start();
+    let mut client = cluster.empty_database("app", "").connect();
+    client.run("CREATE EXTENSION pg_rekey");
+    client.run("BEGIN READ ONLY");
+    client.fail("SELECT rekey.init_root_key()", "25006");
+    client.run("ROLLBACK");
+    assert!(
+        !cluster.root_key_file().exists(),
+        "a read-only transaction made a file"
+    );
+    client.run("BEGIN");
+    let id = client.text("SELECT rekey.init_root_key()");
+    client.run("ROLLBACK");
+    assert!(!client.truth("SELECT rekey.ready()"));
+    client
+        .refuse("SELECT rekey.create_key('pii')", "F0000")
+        .hints("init_root_key");
+    assert_eq!(
+        client.text("SELECT rekey.init_root_key()"),
+        id,
+        "the same key is adopted"
+    );
+    client.run("SELECT rekey.create_key('pii')");
+    let left: Vec<_> = fs::read_dir(cluster.dir())
+        .expect("the folder")
+        .flatten()
+        .map(|entry| entry.file_name())
+        .filter(|name| name.to_string_lossy().contains("json"))
+        .collect();
+    assert_eq!(left, ["root.json"], "no draft is left behind");
+}

@@ -332,7 +332,7 @@ impl Cluster {
              rekey.root_key_file = '{}'\n\
              fsync = off\nfull_page_writes = off\nshared_buffers = 32MB\nmax_connections = 100\n\
              max_prepared_transactions = 20\nmax_wal_size = 2GB\nwal_level = replica\n\
-             timezone = 'UTC'\nlc_messages = 'C'\nlog_timezone = 'UTC'\n\
+             lock_timeout = '90s'\ntimezone = 'UTC'\nlc_messages = 'C'\nlog_timezone = 'UTC'\n\
              log_line_prefix = '%m [%p] %q%u@%d '",
             self.root_key_file().display()
         ));

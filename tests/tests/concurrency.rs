@@ -125,7 +125,11 @@ fn a_crash_in_the_middle_of_rotations_loses_nothing() {
          CREATE TABLE t (id serial PRIMARY KEY, shadow text NOT NULL, c bytea NOT NULL)",
     );
     for crash in 0..3 {
+        let over = AtomicBool::new(false);
         thread::scope(|scope| {
+            // Ends the loops below if this thread fails before it has ended the server.
+            let _raise = Raise(&over);
+            let over = &over;
             let clients: Vec<Client> = (0..2).map(|_| cluster.connect("app")).collect();
             let cluster = &cluster;
             for (i, mut client) in clients.into_iter().enumerate() {
@@ -137,7 +141,7 @@ fn a_crash_in_the_middle_of_rotations_loses_nothing() {
                     } else {
                         "SELECT rotate_key('pii')"
                     };
-                    while client.batch_execute(sql).is_ok() {}
+                    while !over.load(Ordering::SeqCst) && client.batch_execute(sql).is_ok() {}
                 });
             }
             let mut observer = cluster.connect("app");

@@ -35,10 +35,10 @@ sql_file "$bench/keys.sql" -v keys="$keys" >/dev/null
 sql "VACUUM (FREEZE, ANALYZE)"
 
 say "first open of fresh sessions"
-for _ in 1 2 3 4 5 6 7 8 9; do
+for _ in {1..25}; do
     sql_file "$bench/first_open.sql"
 done 2>"$SCRATCH/first-open" || { cat "$SCRATCH/first-open" >&2; exit 1; }
-median_open=$(sed -n 's/.*first open: //p' "$SCRATCH/first-open" | sort -g | sed -n 5p)
+median_open=$(sed -n 's/.*first open: //p' "$SCRATCH/first-open" | sort -g | sed -n 13p)
 sql "INSERT INTO bench.fact VALUES ('first open of a fresh session (ms)', $median_open)"
 
 say "measuring: $rounds rounds, load of the machine before: $(cut -d' ' -f1 /proc/loadavg)"
@@ -48,5 +48,9 @@ sql "CALL bench.measure_inserts(5)"
 say "measured in $((SECONDS - begin)) s"
 sql_file "$bench/report.sql" -v rounds="$rounds" -v keys="$keys"
 short=$(sql "SELECT count(*) FROM bench.target WHERE verdict = 'SHORT'")
-[ "$short" -eq 0 ] || die "$short targets are missed"
+[ "$short" -eq 0 ] || {
+    # A missed target is a result, not a failure of the server.
+    CLUSTER_KEEP_LOG=
+    die "$short targets are missed (load of the machine now: $(cut -d' ' -f1 /proc/loadavg))"
+}
 say "all targets are met"

@@ -4,7 +4,6 @@
 
 CREATE SCHEMA rekey;
 COMMENT ON SCHEMA rekey IS 'pg_rekey: keys, slots, grants and the functions that administer them';
-GRANT USAGE ON SCHEMA rekey TO PUBLIC;
 
 CREATE TABLE rekey.key (
     key_name        text COLLATE "C" PRIMARY KEY,
@@ -186,8 +185,8 @@ SELECT pg_catalog.pg_extension_config_dump('rekey.key_slot', '');
 SELECT pg_catalog.pg_extension_config_dump('rekey.slot_wrap', '');
 SELECT pg_catalog.pg_extension_config_dump('rekey.root_key', '');
 SELECT pg_catalog.pg_extension_config_dump('rekey.key_grant',
-    'WHERE grantee = 0 OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = grantee)');
+    'WHERE grantee::oid = ''0''::oid OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = grantee::oid)');
 SELECT pg_catalog.pg_extension_config_dump('rekey.registered_column',
-    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = table_name)');
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = table_name::oid)');
 SELECT pg_catalog.pg_extension_config_dump('rekey.audit_log', '');
 SELECT pg_catalog.pg_extension_config_dump('rekey.audit_id', '');

@@ -69,7 +69,6 @@ CREATE FUNCTION rekey.create_key(key_name text, grace interval DEFAULT '30 days'
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'create_key_wrapper';
 COMMENT ON FUNCTION rekey.create_key(text, interval, interval, boolean, text, text) IS
     'Creates a key with its first active slot, owned by the current user, and returns the slot id';
-REVOKE EXECUTE ON FUNCTION rekey.create_key(text, interval, interval, boolean, text, text) FROM PUBLIC;
 
 CREATE FUNCTION rekey.set_policy(key_name text, grace interval DEFAULT NULL, max_age interval DEFAULT NULL,
         after_drain text DEFAULT NULL, require_context boolean DEFAULT NULL, custodian text DEFAULT NULL) RETURNS void
@@ -158,13 +157,11 @@ CREATE FUNCTION rekey.init_root_key(root_id text DEFAULT '') RETURNS text
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'init_root_key_wrapper';
 COMMENT ON FUNCTION rekey.init_root_key(text) IS
     'Adopts the root key of rekey.root_key_file, creating the file if there is none, and returns the root id';
-REVOKE EXECUTE ON FUNCTION rekey.init_root_key(text) FROM PUBLIC;
 
 CREATE FUNCTION rekey.reload_root_keys() RETURNS integer
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'reload_root_keys_wrapper';
 COMMENT ON FUNCTION rekey.reload_root_keys() IS
     'Reads the root keys again in this session and returns how many it holds';
-REVOKE EXECUTE ON FUNCTION rekey.reload_root_keys() FROM PUBLIC;
 
 CREATE FUNCTION rekey.ready() RETURNS boolean
     LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'ready_wrapper';

@@ -67,6 +67,3 @@ CREATE EVENT TRIGGER pg_rekey_guard_drop ON ddl_command_start
 ALTER EVENT TRIGGER pg_rekey_guard_drop ENABLE ALWAYS;
 COMMENT ON EVENT TRIGGER pg_rekey_guard_drop IS
     'pg_rekey does not go while a slot can still open something (rekey.allow_drop overrides)';
-
-REVOKE ALL ON FUNCTION rekey.refuse_direct_change(), rekey.announce_change(), rekey.guard_drop()
-    FROM PUBLIC;

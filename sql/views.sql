@@ -1,3 +1,6 @@
+-- An operator that a database owner has planted in the target schema must not get into a view.
+SET LOCAL search_path TO pg_catalog, pg_temp;
+
 -- What people read: keys, slots, grants, root keys and the audit log, without material.
 -- Every view shows the rows of keys on which the reader holds a privilege; members of
 -- pg_monitor see all.
@@ -49,12 +52,12 @@ COMMENT ON VIEW rekey.slots IS 'Versions of keys with their states and dates; de
 
 CREATE VIEW rekey.grants WITH (security_barrier) AS
 SELECT g.key_name,
-       CASE WHEN g.grantee = 0 THEN 'public'
+       CASE WHEN g.grantee::oid = '0'::oid THEN 'public'
             ELSE coalesce(r.rolname::text, g.grantee::text) END AS grantee,
        g.privilege,
        g.granted_at
   FROM rekey.key_grant g
-  LEFT JOIN pg_catalog.pg_roles r ON r.oid = g.grantee
+  LEFT JOIN pg_catalog.pg_roles r ON r.oid = g.grantee::oid
  WHERE rekey.key_visible(g.key_name);
 COMMENT ON VIEW rekey.grants IS 'Who may do what with which key; grantee public is everyone, a bare number a dropped role';
 
@@ -75,8 +78,6 @@ SELECT l.at, l.action, l.key_name, l.slot_id, l.from_state, l.to_state, l.actor,
   FROM rekey.audit_log l
  WHERE rekey.key_visible(l.key_name);
 COMMENT ON VIEW rekey.audit IS 'What was done to keys and slots, by whom and when';
-
-GRANT SELECT ON rekey.keys, rekey.slots, rekey.grants, rekey.root_keys, rekey.audit TO PUBLIC;
 
 COMMENT ON COLUMN rekey.keys.key_name IS 'Name of the key';
 COMMENT ON COLUMN rekey.keys.owner IS 'Role that owns it: may do everything with it';

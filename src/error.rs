@@ -10,6 +10,8 @@ use rekey_core::cipher::{OpenError, RandomError};
 use rekey_core::envelope::{EnvelopeError, SlotId};
 use rekey_core::keyring::{KeyNameError, Privilege, SlotState, valid_key_name};
 
+use crate::ffi::text;
+
 /// What can go wrong, with the facts that the message needs.
 #[derive(Debug)]
 pub enum Error {
@@ -125,6 +127,11 @@ impl Error {
             crate::ffi::types::override_sqlstate(code);
         }
         let (code, message, detail, hint) = self.texts();
+        let (message, detail, hint) = (
+            text::message(message),
+            text::message(detail),
+            text::message(hint),
+        );
         let mut report = ErrorReport::new(code, message, function_name!());
         if !detail.is_empty() {
             report = report.set_detail(detail);

@@ -37,10 +37,11 @@ extension_sql_file!(
     requires = ["catalog"]
 );
 extension_sql_file!("../sql/views.sql", name = "views", requires = ["functions"]);
+extension_sql_file!("../sql/guards.sql", name = "guards", requires = ["views"]);
 extension_sql_file!(
-    "../sql/guards.sql",
-    name = "guards",
-    requires = ["views"],
+    "../sql/privileges.sql",
+    name = "privileges",
+    requires = ["guards"],
     finalize
 );
 

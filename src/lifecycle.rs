@@ -136,13 +136,6 @@ pub fn lock(key: &str) -> Result<Vec<SlotRow>> {
     read::slots_of(&text::to_server(key.as_bytes())?)
 }
 
-/// The slot of that id, its key locked; 42704 when there is none.
-pub fn lock_slot(id: i64) -> Result<SlotRow> {
-    let found = slot(id)?;
-    write::lock_key(&found.key_name)?;
-    slot(id)
-}
-
 /// The slot of that id; 42704 when there is none.
 pub fn slot(id: i64) -> Result<SlotRow> {
     let unknown = || Error::UnknownSlot(id);

@@ -10,7 +10,7 @@ use pgrx::pg_sys;
 
 use crate::error::{Error, Result};
 use crate::ffi::session;
-use crate::ffi::sql::{Arg, bigint, text};
+use crate::ffi::sql::{Arg, bigint, run, text};
 
 /// How often the standbys are looked at.
 const POLL_MS: i64 = 100;
@@ -20,7 +20,7 @@ const LAGGARDS: &str = "\
     SELECT string_agg(name, ', ' ORDER BY name) FROM ( \
         SELECT coalesce(nullif(application_name, ''), 'pid ' || pid) AS name \
           FROM pg_catalog.pg_stat_replication \
-         WHERE replay_lsn IS NULL OR replay_lsn - '0/0'::pg_lsn < $1 \
+         WHERE state <> 'backup' AND (replay_lsn IS NULL OR replay_lsn - '0/0'::pg_lsn < $1) \
         UNION \
         SELECT 'slot ' || slot_name FROM pg_catalog.pg_replication_slots \
          WHERE slot_type = 'physical' AND NOT active \
@@ -29,7 +29,7 @@ const LAGGARDS: &str = "\
 /// Waits for `timeout` (an interval datum) at most; 55000 names those that are behind.
 pub fn wait_for_replay(timeout: pg_sys::Datum) -> Result<()> {
     let here = bigint(
-        "SELECT (pg_catalog.pg_current_wal_flush_lsn() - '0/0'::pg_lsn)::bigint",
+        "SELECT (pg_catalog.pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint",
         &[],
     )?;
     let here = Arg::Bigint(here.unwrap_or(0));
@@ -40,6 +40,9 @@ pub fn wait_for_replay(timeout: pg_sys::Datum) -> Result<()> {
     let limit = Duration::from_millis(limit_ms.unwrap_or(0).unsigned_abs());
     let begin = Instant::now();
     loop {
+        // The view is a snapshot for the transaction otherwise: a standby that connects meanwhile
+        // would not be seen.
+        run("SELECT pg_catalog.pg_stat_clear_snapshot()", &[])?;
         let Some(laggards) = text(LAGGARDS, std::slice::from_ref(&here))? else {
             return Ok(());
         };
@@ -48,7 +51,8 @@ pub fn wait_for_replay(timeout: pg_sys::Datum) -> Result<()> {
                 "not every standby has replayed the pending slot".to_string(),
                 format!("Behind are: {laggards}."),
                 "Look at pg_stat_replication and pg_replication_slots, wait or raise \
-                 wait_timeout, and drop the slots of standbys that are gone."
+                 wait_timeout, drop the slots of standbys that are gone; a client that only receives \
+                 WAL never replays it: then promote without the wait."
                     .to_string(),
             ));
         }

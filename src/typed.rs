@@ -156,7 +156,7 @@ impl Target {
         if sealed == self.base {
             return Ok(Conversion::Input(input_of(sealed), None));
         }
-        let cast = call.for_the_query(|| types::cast_between(sealed, self.base));
+        let cast = call.for_the_query(|| types::cast_between(sealed, self.base))?;
         match cast {
             Some(Cast::Relabel) => Ok(Conversion::Input(input_of(sealed), None)),
             Some(Cast::By(function)) if sealed != pg_sys::TEXTOID => {

@@ -32,6 +32,16 @@ pub fn require(key: &str, privilege: Privilege) -> Result<()> {
     ))
 }
 
+/// Locks a key for a change that needs the privilege: asked before, so that nobody else can hold
+/// the lock up, and again behind it, since the wait may have taken the privilege or the key away.
+pub fn claim(key: &str, privilege: Privilege) -> Result<()> {
+    require(key, privilege)?;
+    if !write::lock_key(key)? {
+        return Err(Error::unknown_key(key.to_string()));
+    }
+    require(key, privilege)
+}
+
 /// Whether the views show a key to the current user: any privilege on it, or pg_monitor.
 pub fn visible(key: &str) -> Result<bool> {
     let user = session::current_user();
@@ -86,7 +96,7 @@ fn change(
     };
     require(&key, needed)?;
     let oid = role_of(&role)?;
-    write::lock_key(&key)?;
+    claim(&key, needed)?;
     Ok((key, role, oid, wanted))
 }
 

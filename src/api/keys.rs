@@ -5,7 +5,7 @@ use pgrx::pg_sys::FunctionCallInfo;
 use pgrx::prelude::*;
 use rekey_core::keyring::{Privilege, SlotState, valid_key_name};
 
-use super::grants::require;
+use super::grants::claim;
 use crate::catalog::read;
 use crate::catalog::write::{self, Audit, NewKey, Policy};
 use crate::error::{Error, Result};
@@ -124,7 +124,7 @@ fn set_policy(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
         session::refuse_read_only(c"set_policy()");
         let name = key_name(&call, 0)?;
-        require(&name, Privilege::Manage)?;
+        claim(&name, Privilege::Manage)?;
         let after_drain = call.optional_text(3)?;
         let after_drain = after_drain.as_deref();
         if after_drain.is_some_and(|v| !["keep", "disable", "destroy"].contains(&v)) {
@@ -168,7 +168,7 @@ fn rotate_key(fcinfo: FunctionCallInfo) -> Reply {
         session::refuse_read_only(c"rotate_key()");
         let name = key_or_default(&call, 0)?;
         let reason = call.required_text(1, "reason")?;
-        require(&name, Privilege::Rotate)?;
+        claim(&name, Privilege::Rotate)?;
         Ok(Reply::i64(lifecycle::rotate(&name, &reason)?.as_i64()))
     })
 }
@@ -178,7 +178,7 @@ fn prepare_key(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
         session::refuse_read_only(c"prepare_key()");
         let name = key_name(&call, 0)?;
-        require(&name, Privilege::Rotate)?;
+        claim(&name, Privilege::Rotate)?;
         Ok(Reply::i64(lifecycle::prepare(&name)?.as_i64()))
     })
 }
@@ -191,7 +191,7 @@ fn promote_key(fcinfo: FunctionCallInfo) -> Reply {
         let wait = call.required_bool(1, "wait_for_standbys")?;
         let timeout = interval(&call, 2, "wait_timeout")?;
         let timeout = timeout.ok_or(Error::NullArgument("wait_timeout"))?;
-        require(&name, Privilege::Rotate)?;
+        claim(&name, Privilege::Rotate)?;
         let timeout = wait.then_some(timeout);
         Ok(Reply::i64(lifecycle::promote(&name, timeout)?.as_i64()))
     })
@@ -202,7 +202,7 @@ fn rollback_rotation(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
         session::refuse_read_only(c"rollback_rotation()");
         let name = key_name(&call, 0)?;
-        require(&name, Privilege::Rotate)?;
+        claim(&name, Privilege::Rotate)?;
         Ok(Reply::i64(lifecycle::roll_back(&name)?.as_i64()))
     })
 }
@@ -213,7 +213,7 @@ fn shred_key(fcinfo: FunctionCallInfo) -> Reply {
         session::refuse_read_only(c"shred_key()");
         let name = key_name(&call, 0)?;
         let reason = call.required_text(1, "reason")?;
-        require(&name, Privilege::Owner)?;
+        claim(&name, Privilege::Owner)?;
         let count = lifecycle::shred(&name, &reason)?;
         pgrx::notice!(
             "copies of the wrapped keys remain in dead tuples, WAL, standbys, dumps and base \
@@ -229,7 +229,7 @@ fn drop_key(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
         session::refuse_read_only(c"drop_key()");
         let name = key_name(&call, 0)?;
-        require(&name, Privilege::Manage)?;
+        claim(&name, Privilege::Manage)?;
         let slots = lifecycle::lock(&name)?;
         let in_use =
             |s: &&read::SlotRow| !matches!(s.state, SlotState::Pending | SlotState::Destroyed);

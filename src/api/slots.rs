@@ -4,7 +4,7 @@ use pgrx::pg_sys::FunctionCallInfo;
 use pgrx::prelude::*;
 use rekey_core::keyring::{Privilege, SlotState};
 
-use super::grants::require;
+use super::grants::claim;
 use crate::catalog::read::SlotRow;
 use crate::catalog::write;
 use crate::error::{Error, Result};
@@ -15,8 +15,8 @@ use crate::lifecycle;
 /// The slot of the first argument, which the caller may manage, its key locked.
 fn managed_slot(call: &Call) -> Result<SlotRow> {
     let id = call.required_i64(0, "slot_id")?;
-    require(&lifecycle::slot(id)?.key_name, Privilege::Manage)?;
-    lifecycle::lock_slot(id)
+    claim(&lifecycle::slot(id)?.key_name, Privilege::Manage)?;
+    lifecycle::slot(id)
 }
 
 /// Force is for superusers: it can lose data.

@@ -7,12 +7,14 @@ use pgrx::pg_sys;
 
 use super::read;
 use crate::error::{Error, Result};
+use crate::ffi::scan;
 use crate::guc;
 
 /// Before a relation is dropped: refuses when it holds keys that can still open something.
-/// A superuser who means it sets rekey.allow_drop.
+/// A superuser who means it sets rekey.allow_drop. Anyone may name a table of his own
+/// rekey.key_slot in a database without the extension: only members of the extension count.
 pub fn before_drop(relation: pg_sys::Oid) {
-    if !read::holds_keys(relation) || guc::allow_drop() {
+    if !scan::belongs_to_us(relation) || !read::holds_keys(relation) || guc::allow_drop() {
         return;
     }
     match read::living_slots() {

@@ -45,6 +45,7 @@ pub fn tables() -> Result<Tables> {
     {
         return Ok(tables);
     }
+    hooks::resolve();
     let find = |name: &CStr| scan::relation(name).ok_or(Error::NoCatalog);
     let tables = Tables {
         key: find(c"key")?,

@@ -62,8 +62,8 @@ pub struct RootRow {
 
 /// The key of that name, given in the server's encoding.
 pub fn key(name: &[u8]) -> Result<Option<KeyRow>> {
-    let t = tables()?;
-    let mut scan = Scan::open(t.key, t.key_pkey, &[1], &[Key::Text(name)]);
+    let find = || tables().map(|t| (t.key, t.key_pkey));
+    let mut scan = Scan::open(find, &[1], &[Key::Text(name)])?;
     let Some(row) = scan.next_row() else {
         return Ok(None);
     };
@@ -77,27 +77,22 @@ pub fn key(name: &[u8]) -> Result<Option<KeyRow>> {
 
 /// The active slot of a key.
 pub fn active_slot(name: &[u8]) -> Result<Option<SlotId>> {
-    let t = tables()?;
-    let mut scan = Scan::open(t.key_slot, t.key_slot_active, &[2], &[Key::Text(name)]);
+    let find = || tables().map(|t| (t.key_slot, t.key_slot_active));
+    let mut scan = Scan::open(find, &[2], &[Key::Text(name)])?;
     scan.next_row().map(|row| slot_id(&row)).transpose()
 }
 
 /// One slot, whatever its state.
 pub fn slot(id: SlotId) -> Result<Option<SlotRow>> {
-    let t = tables()?;
-    let mut scan = Scan::open(
-        t.key_slot,
-        t.key_slot_pkey,
-        &[1],
-        &[Key::Bigint(id.as_i64())],
-    );
+    let find = || tables().map(|t| (t.key_slot, t.key_slot_pkey));
+    let mut scan = Scan::open(find, &[1], &[Key::Bigint(id.as_i64())])?;
     scan.next_row().map(|row| slot_row(&row)).transpose()
 }
 
 /// All slots that ever bore the key's name, by version.
 pub fn slots_of(name: &[u8]) -> Result<Vec<SlotRow>> {
-    let t = tables()?;
-    let mut scan = Scan::open(t.key_slot, t.key_slot_version, &[2], &[Key::Text(name)]);
+    let find = || tables().map(|t| (t.key_slot, t.key_slot_version));
+    let mut scan = Scan::open(find, &[2], &[Key::Text(name)])?;
     let mut slots = Vec::new();
     while let Some(row) = scan.next_row() {
         slots.push(slot_row(&row)?);
@@ -108,13 +103,8 @@ pub fn slots_of(name: &[u8]) -> Result<Vec<SlotRow>> {
 
 /// The wrapped keys of a slot, by root key.
 pub fn wraps(id: SlotId) -> Result<Vec<(RootId, Vec<u8>)>> {
-    let t = tables()?;
-    let mut scan = Scan::open(
-        t.slot_wrap,
-        t.slot_wrap_pkey,
-        &[1],
-        &[Key::Bigint(id.as_i64())],
-    );
+    let find = || tables().map(|t| (t.slot_wrap, t.slot_wrap_pkey));
+    let mut scan = Scan::open(find, &[1], &[Key::Bigint(id.as_i64())])?;
     let mut wraps = Vec::new();
     while let Some(row) = scan.next_row() {
         wraps.push((root_id(&row.bytes(2))?, row.bytes(3)));
@@ -137,8 +127,8 @@ pub fn privileges(name: &[u8], user: pg_sys::Oid) -> Result<Privileges> {
 }
 
 fn grants(name: &[u8]) -> Result<Vec<(pg_sys::Oid, Privilege)>> {
-    let t = tables()?;
-    let mut scan = Scan::open(t.key_grant, t.key_grant_pkey, &[1], &[Key::Text(name)]);
+    let find = || tables().map(|t| (t.key_grant, t.key_grant_pkey));
+    let mut scan = Scan::open(find, &[1], &[Key::Text(name)])?;
     let mut grants = Vec::new();
     while let Some(row) = scan.next_row() {
         let privilege = String::from_utf8_lossy(&row.bytes(3)).into_owned();
@@ -151,8 +141,8 @@ fn grants(name: &[u8]) -> Result<Vec<(pg_sys::Oid, Privilege)>> {
 
 /// All root keys that this database knows.
 pub fn root_keys() -> Result<Vec<RootRow>> {
-    let t = tables()?;
-    let mut scan = Scan::open(t.root_key, pg_sys::InvalidOid, &[], &[]);
+    let find = || tables().map(|t| (t.root_key, pg_sys::InvalidOid));
+    let mut scan = Scan::open(find, &[], &[])?;
     let mut roots = Vec::new();
     while let Some(row) = scan.next_row() {
         roots.push(RootRow {
@@ -167,8 +157,11 @@ pub fn root_keys() -> Result<Vec<RootRow>> {
 /// How many slots of how many keys are not destroyed. Needs no index: it also answers in the
 /// middle of a DROP.
 pub fn living_slots() -> Result<(i64, i64)> {
-    let key_slot = scan::relation(c"key_slot").ok_or(Error::NoCatalog)?;
-    let mut scan = Scan::open(key_slot, pg_sys::InvalidOid, &[], &[]);
+    let find = || {
+        let key_slot = scan::relation(c"key_slot").filter(|table| scan::belongs_to_us(*table));
+        Ok((key_slot.ok_or(Error::NoCatalog)?, pg_sys::InvalidOid))
+    };
+    let mut scan = Scan::open(find, &[], &[])?;
     let mut slots = 0;
     let mut keys = std::collections::HashSet::new();
     while let Some(row) = scan.next_row() {

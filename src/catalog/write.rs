@@ -12,8 +12,8 @@ use rekey_core::keyring::{Privilege, SlotState};
 
 use super::read::SlotRow;
 use crate::error::{Error, Result};
-use crate::ffi::session;
 use crate::ffi::sql::{Arg, bigint, run};
+use crate::ffi::{session, text};
 
 /// Who acts: taken before the switch to the catalog's owner.
 fn actor() -> String {
@@ -55,9 +55,20 @@ impl Audit<'_> {
                 Arg::Text(self.detail),
             ],
         )?;
+        let quoted = |name: &str| {
+            let plain = name.replace('"', "\"\"");
+            let escape = |c: char| {
+                if c.is_control() {
+                    c.escape_unicode().to_string()
+                } else {
+                    c.to_string()
+                }
+            };
+            plain.chars().map(escape).collect::<String>()
+        };
         let mut line = format!("pg_rekey audit: action={}", self.action);
         if let Some(key) = self.key {
-            line += &format!(" key=\"{key}\"");
+            line += &format!(" key=\"{}\"", quoted(key));
         }
         if let Some(slot) = self.slot {
             line += &format!(" slot={slot}");
@@ -68,19 +79,21 @@ impl Audit<'_> {
         if let Some(to) = self.to {
             line += &format!(" to={to}");
         }
-        line += &format!(" actor=\"{actor}\" xid={}", xid.unwrap_or(0));
+        line += &format!(" actor=\"{}\" xid={}", quoted(&actor), xid.unwrap_or(0));
         pgrx::ereport!(
             PgLogLevel::LOG,
             PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION,
-            line
+            text::message(line)
         );
         Ok(())
     }
 }
 
-/// Locks the row of a key against every other change of its slots; false when there is none.
+/// Locks the row of a key against every other change of its slots, grants and policy; false when
+/// there is none. The row gets a new version: a transaction whose snapshot is older than another's
+/// change then ends in 40001, instead of missing rows that it cannot see.
 pub fn lock_key(name: &str) -> Result<bool> {
-    let sql = "SELECT 1::bigint FROM rekey.key WHERE key_name = $1 FOR UPDATE";
+    let sql = "UPDATE rekey.key SET comment = comment WHERE key_name = $1 RETURNING 1::bigint";
     Ok(bigint(sql, &[Arg::Text(name)])?.is_some())
 }
 
@@ -98,7 +111,8 @@ pub struct NewKey<'a> {
     pub comment: &'a str,
 }
 
-/// Inserts a key; false when the name is taken.
+/// Inserts a key, without the grants that a key of its name may have left behind; false when the
+/// name is taken.
 pub fn insert_key(key: &NewKey<'_>) -> Result<bool> {
     let inserted = bigint(
         "INSERT INTO rekey.key (key_name, purpose, grace, max_age, comment) \
@@ -111,6 +125,10 @@ pub fn insert_key(key: &NewKey<'_>) -> Result<bool> {
             Arg::Text(key.comment),
         ],
     )?;
+    if inserted.is_some() {
+        let sql = "DELETE FROM rekey.key_grant WHERE key_name = $1";
+        run(sql, &[Arg::Text(key.name)])?;
+    }
     Ok(inserted.is_some())
 }
 

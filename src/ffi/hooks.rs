@@ -14,6 +14,7 @@ static GENERATION: AtomicU64 = AtomicU64::new(1);
 static SEALING_EPOCH: AtomicU64 = AtomicU64::new(1);
 static WATCHED: [AtomicU32; 4] = [const { AtomicU32::new(0) }; 4];
 static RESOLVED: AtomicBool = AtomicBool::new(false);
+static RESOLVING: AtomicBool = AtomicBool::new(false);
 static SECRET_STATEMENT: AtomicI64 = AtomicI64::new(0);
 
 /// Counts the changes of our catalog, of roles and of memberships that this process has heard
@@ -29,12 +30,18 @@ pub fn sealing_epoch() -> u64 {
     SEALING_EPOCH.load(Relaxed)
 }
 
+/// Begins a look-up of the catalog tables: until `watch` names them every change counts.
+pub fn resolve() {
+    RESOLVED.store(true, Relaxed);
+    RESOLVING.store(true, Relaxed);
+}
+
 /// Names the catalog tables whose changes count.
 pub fn watch(tables: [pg_sys::Oid; 4]) {
     for (slot, table) in WATCHED.iter().zip(tables) {
         slot.store(table.to_u32(), Relaxed);
     }
-    RESOLVED.store(true, Relaxed);
+    RESOLVING.store(false, Relaxed);
 }
 
 /// Whether the watched tables are still those that `watch` named.
@@ -57,6 +64,8 @@ pub fn init() {
         for cache in [
             pg_sys::SysCacheIdentifier::AUTHMEMMEMROLE,
             pg_sys::SysCacheIdentifier::AUTHOID,
+            // pg_database_owner is a role whose member is in pg_database.
+            pg_sys::SysCacheIdentifier::DATABASEOID,
         ] {
             pg_sys::CacheRegisterSyscacheCallback(
                 cache as c_int,
@@ -95,7 +104,10 @@ pub fn announce(table: pg_sys::Oid) {
 #[pg_guard]
 unsafe extern "C-unwind" fn relcache_changed(_arg: pg_sys::Datum, relation: pg_sys::Oid) {
     let relation = relation.to_u32();
-    if relation == 0 || WATCHED.iter().any(|w| w.load(Relaxed) == relation) {
+    if relation == 0
+        || RESOLVING.load(Relaxed)
+        || WATCHED.iter().any(|w| w.load(Relaxed) == relation)
+    {
         // The table itself may be gone (DROP and CREATE EXTENSION): look its OID up again.
         RESOLVED.store(false, Relaxed);
         GENERATION.fetch_add(1, Relaxed);

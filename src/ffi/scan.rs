@@ -6,6 +6,8 @@
 
 use pgrx::pg_sys;
 
+use crate::error::Result;
+
 /// BTEqualStrategyNumber, src/include/access/stratnum.h.
 const BTREE_EQUAL: u16 = 3;
 
@@ -24,15 +26,17 @@ pub enum Key<'a> {
 }
 
 impl Scan {
-    /// Opens `table` and scans `index` for rows whose leading columns equal `keys`; without an
-    /// index the whole table. The table's columns `attributes` are those of the keys, in the
-    /// index's order.
+    /// Opens the table and index that `find` names and scans for rows whose leading columns equal
+    /// `keys`; without an index the whole table. The table's columns `attributes` are those of the
+    /// keys, in the index's order.
+    ///
+    /// Locking the table may bring the news that its index was replaced (REINDEX CONCURRENTLY):
+    /// `find` is asked again under the lock.
     pub fn open(
-        table: pg_sys::Oid,
-        index: pg_sys::Oid,
+        find: impl Fn() -> Result<(pg_sys::Oid, pg_sys::Oid)>,
         attributes: &[i16],
         keys: &[Key<'_>],
-    ) -> Scan {
+    ) -> Result<Scan> {
         assert!(keys.len() <= 2 && attributes.len() >= keys.len());
         // SAFETY: ScanKeyData is plain C data; each used entry is initialised below.
         let mut entries: [pg_sys::ScanKeyData; 2] = unsafe { std::mem::zeroed() };
@@ -57,7 +61,15 @@ impl Scan {
         // SAFETY: table and index are OIDs of our own catalog (src/catalog/); systable_beginscan
         // copies the keys.
         unsafe {
-            let relation = pg_sys::table_open(table, pg_sys::AccessShareLock as i32);
+            let (relation, index) = loop {
+                let (table, _) = find()?;
+                let relation = pg_sys::table_open(table, pg_sys::AccessShareLock as i32);
+                let (again, index) = find()?;
+                if again == table {
+                    break (relation, index);
+                }
+                pg_sys::table_close(relation, pg_sys::AccessShareLock as i32);
+            };
             let scan = pg_sys::systable_beginscan(
                 relation,
                 index,
@@ -66,7 +78,7 @@ impl Scan {
                 count,
                 entries.as_mut_ptr(),
             );
-            Scan { relation, scan }
+            Ok(Scan { relation, scan })
         }
     }
 
@@ -168,5 +180,15 @@ pub fn relation(name: &std::ffi::CStr) -> Option<pg_sys::Oid> {
         }
         let oid = pg_sys::get_relname_relid(name.as_ptr(), schema);
         (oid != pg_sys::InvalidOid).then_some(oid)
+    }
+}
+
+/// Whether a relation is a member of the extension pg_rekey of this database.
+pub fn belongs_to_us(relation: pg_sys::Oid) -> bool {
+    // SAFETY: catalog look-ups; the dependency is still there when the drop hook asks.
+    unsafe {
+        let ours = pg_sys::get_extension_oid(c"pg_rekey".as_ptr(), true);
+        let relations = pg_sys::Oid::from(1259); // RelationRelationId
+        ours != pg_sys::InvalidOid && pg_sys::getExtensionOfObject(relations, relation) == ours
     }
 }

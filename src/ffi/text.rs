@@ -153,6 +153,22 @@ pub unsafe fn c_string(s: *const std::ffi::c_char) -> String {
     to_utf8_string(bytes).unwrap_or_else(|_| String::from_utf8_lossy(bytes).into_owned())
 }
 
+/// Text as it may stand in a message: pgrx sends it as it is, so what is not ASCII is escaped
+/// where the server's encoding is not UTF-8.
+pub fn message(text: String) -> String {
+    if server_is_utf8() || text.is_ascii() {
+        return text;
+    }
+    let escape = |c: char| {
+        if c.is_ascii() {
+            c.to_string()
+        } else {
+            c.escape_unicode().to_string()
+        }
+    };
+    text.chars().map(escape).collect()
+}
+
 /// A text datum from UTF-8, in the current memory context.
 pub fn text_datum(value: &str) -> Result<pg_sys::Datum> {
     bytes_datum(&to_server(value.as_bytes())?)

@@ -49,8 +49,7 @@ impl Pinned {
     /// TimeZone UTC; None when they are so already.
     fn pin() -> Option<Pinned> {
         let utc = utc();
-        // SAFETY: plain C variables of this single-threaded backend. They are set back in drop,
-        // before anything else can read them: no GUC machinery runs in between.
+        // SAFETY: plain C variables of this single-threaded backend, set back in drop.
         unsafe {
             let before = Pinned {
                 date_style: pg_sys::DateStyle,
@@ -79,13 +78,26 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
+        // A variable that users' code has set meanwhile, through the settings' own machinery, is
+        // left to that machinery.
+        let utc = utc();
         // SAFETY: see `pin`.
         unsafe {
-            pg_sys::DateStyle = self.date_style;
-            pg_sys::IntervalStyle = self.interval_style;
-            pg_sys::extra_float_digits = self.float_digits;
-            bytea_output = self.bytea;
-            pg_sys::session_timezone = self.timezone;
+            if pg_sys::DateStyle == USE_ISO_DATES {
+                pg_sys::DateStyle = self.date_style;
+            }
+            if pg_sys::IntervalStyle == INTSTYLE_POSTGRES {
+                pg_sys::IntervalStyle = self.interval_style;
+            }
+            if pg_sys::extra_float_digits == 1 {
+                pg_sys::extra_float_digits = self.float_digits;
+            }
+            if bytea_output == BYTEA_OUTPUT_HEX {
+                bytea_output = self.bytea;
+            }
+            if pg_sys::session_timezone == utc {
+                pg_sys::session_timezone = self.timezone;
+            }
         }
     }
 }
@@ -103,7 +115,11 @@ impl Listening {
         #[pgrx::pg_guard]
         unsafe extern "C-unwind" fn hear(_arg: *mut std::ffi::c_void) {
             // SAFETY: called by errfinish only, while a report is being made.
-            SQLSTATE.set(unsafe { pg_sys::geterrcode() });
+            let code = unsafe { pg_sys::geterrcode() };
+            // Classes 00 and 01 are notices and warnings. Six bits a character, the first lowest.
+            if !matches!(code & 0xfff, 0 | 0x40) {
+                SQLSTATE.set(code);
+            }
         }
         // SAFETY: the callback is boxed: its address stays until drop takes it off the stack.
         unsafe {
@@ -139,17 +155,12 @@ fn guarded<R>(what: &'static str, body: impl FnOnce() -> R) -> Result<R> {
         let CaughtError::PostgresError(report) = &cause else {
             cause.rethrow()
         };
-        match report.sql_error_code() {
-            // A cancel or a shutdown stays one.
-            PgSqlErrorCode::ERRCODE_QUERY_CANCELED
-            | PgSqlErrorCode::ERRCODE_ADMIN_SHUTDOWN
-            | PgSqlErrorCode::ERRCODE_CRASH_SHUTDOWN
-            | PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY => cause.rethrow(),
-            _ => Err(Error::Foreign {
-                code: SQLSTATE.get(),
-                what,
-            }),
-        }
+        // No text of the original goes on, whatever its SQLSTATE: anyone may raise any.
+        let code = match report.sql_error_code() {
+            PgSqlErrorCode::ERRCODE_INTERNAL_ERROR if SQLSTATE.get() != 0 => SQLSTATE.get(),
+            known => known as c_int,
+        };
+        Err(Error::Foreign { code, what })
     })
     .execute()
 }
@@ -354,7 +365,9 @@ pub enum Cast {
 }
 
 /// The binary-coercible, implicit or assignment cast from `source` to `target`, if any.
-pub fn cast_between(source: pg_sys::Oid, target: pg_sys::Oid) -> Option<Cast> {
+///
+/// 42501 when the cast's function is not the caller's to run.
+pub fn cast_between(source: pg_sys::Oid, target: pg_sys::Oid) -> Result<Option<Cast>> {
     use pg_sys::CoercionPathType as path;
     let mut function = pg_sys::InvalidOid;
     // SAFETY: catalog look-ups; writes the function's OID.
@@ -362,12 +375,36 @@ pub fn cast_between(source: pg_sys::Oid, target: pg_sys::Oid) -> Option<Cast> {
         let context = pg_sys::CoercionContext::COERCION_ASSIGNMENT;
         pg_sys::find_coercion_pathway(target, source, context, &mut function)
     };
-    match found {
+    Ok(match found {
         path::COERCION_PATH_RELABELTYPE => Some(Cast::Relabel),
-        path::COERCION_PATH_FUNC => Some(Cast::By(Function::cast(function))),
+        path::COERCION_PATH_FUNC => {
+            may_execute(function)?;
+            Some(Cast::By(Function::cast(function)))
+        }
         path::COERCION_PATH_COERCEVIAIO => Some(Cast::ThroughText),
         _ => None,
+    })
+}
+
+fn may_execute(function: pg_sys::Oid) -> Result<()> {
+    let user = super::session::current_user();
+    // SAFETY: a catalog look-up.
+    #[cfg(feature = "pg15")]
+    let verdict = unsafe { pg_sys::pg_proc_aclcheck(function, user, pg_sys::ACL_EXECUTE) };
+    // SAFETY: a catalog look-up in pg_proc (1255).
+    #[cfg(not(feature = "pg15"))]
+    let verdict = unsafe {
+        let class = pg_sys::Oid::from(1255);
+        pg_sys::object_aclcheck(class, function, user, pg_sys::ACL_EXECUTE)
+    };
+    if verdict == pg_sys::AclResult::ACLCHECK_OK {
+        return Ok(());
     }
+    Err(Error::Privilege(
+        "permission denied for the function of a cast".to_string(),
+        "decrypt_col_as runs a cast only for those who may run its function.".to_string(),
+        "Open the value as its own type, or have EXECUTE on the function granted.".to_string(),
+    ))
 }
 
 /// Why a type cannot be sealed or opened to; None when it can.

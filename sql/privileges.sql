@@ -1,0 +1,46 @@
+-- Who may use what. Default privileges of the database may have opened what was created here, or
+-- closed it: everything is taken from everyone first, and given again by name.
+
+DO $$
+DECLARE
+    given record;
+BEGIN
+    FOR given IN
+        SELECT CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END AS kind,
+               format('rekey.%I', c.relname) AS object, a.grantee
+          FROM pg_class c, aclexplode(c.relacl) a
+         WHERE c.relnamespace = 'rekey'::regnamespace AND a.grantee <> c.relowner
+        UNION
+        SELECT 'FUNCTION', p.oid::regprocedure::text, a.grantee
+          FROM pg_depend d
+          JOIN pg_extension e ON e.oid = d.refobjid AND e.extname = 'pg_rekey'
+          JOIN pg_proc p ON p.oid = d.objid,
+               aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+         WHERE d.classid = 'pg_proc'::regclass AND d.refclassid = 'pg_extension'::regclass
+           AND d.deptype = 'e' AND a.grantee <> p.proowner
+        UNION
+        SELECT 'SCHEMA', 'rekey', a.grantee
+          FROM pg_namespace n, aclexplode(n.nspacl) a
+         WHERE n.nspname = 'rekey' AND a.grantee <> n.nspowner
+    LOOP
+        EXECUTE format('REVOKE ALL ON %s %s FROM %s', given.kind, given.object,
+            CASE WHEN given.grantee = '0'::oid THEN 'PUBLIC'
+                 ELSE quote_ident(pg_get_userbyid(given.grantee)) END);
+    END LOOP;
+    -- Every function checks a privilege in code or only reads a header, but for these.
+    FOR given IN
+        SELECT p.oid::regprocedure::text AS object
+          FROM pg_depend d
+          JOIN pg_extension e ON e.oid = d.refobjid AND e.extname = 'pg_rekey'
+          JOIN pg_proc p ON p.oid = d.objid
+         WHERE d.classid = 'pg_proc'::regclass AND d.refclassid = 'pg_extension'::regclass
+           AND d.deptype = 'e'
+           AND p.proname NOT IN ('create_key', 'init_root_key', 'reload_root_keys',
+                                 'refuse_direct_change', 'announce_change', 'guard_drop')
+    LOOP
+        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO PUBLIC', given.object);
+    END LOOP;
+END
+$$;
+GRANT USAGE ON SCHEMA rekey TO PUBLIC;
+GRANT SELECT ON rekey.keys, rekey.slots, rekey.grants, rekey.root_keys, rekey.audit TO PUBLIC;

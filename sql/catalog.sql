@@ -179,14 +179,15 @@ CREATE TABLE rekey.barrier (nothing boolean PRIMARY KEY CHECK (false));
 COMMENT ON TABLE rekey.barrier IS 'Always empty: transactions that seal hold a lock on it, so that a rotation can wait for them';
 COMMENT ON COLUMN rekey.barrier.nothing IS 'No row can exist';
 
--- Dumps: a dropped table or role would dump as a bare number and break the restore.
+-- Dumps: a dropped table or role would dump as a bare number and break the restore. pg_dump runs
+-- these filters under an empty search path: no operator but PostgreSQL's own can get in.
 SELECT pg_catalog.pg_extension_config_dump('rekey.key', '');
 SELECT pg_catalog.pg_extension_config_dump('rekey.key_slot', '');
 SELECT pg_catalog.pg_extension_config_dump('rekey.slot_wrap', '');
 SELECT pg_catalog.pg_extension_config_dump('rekey.root_key', '');
 SELECT pg_catalog.pg_extension_config_dump('rekey.key_grant',
-    'WHERE grantee::oid = ''0''::oid OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = grantee::oid)');
+    'WHERE grantee = 0 OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = grantee)');
 SELECT pg_catalog.pg_extension_config_dump('rekey.registered_column',
-    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = table_name::oid)');
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = table_name)');
 SELECT pg_catalog.pg_extension_config_dump('rekey.audit_log', '');
 SELECT pg_catalog.pg_extension_config_dump('rekey.audit_id', '');

@@ -114,7 +114,11 @@ pub fn seal<R>(
     len: usize,
     seal: impl FnOnce(Sealer<'_>) -> R,
 ) -> Result<R> {
-    enter_barrier()?;
+    if !holds_barrier() {
+        // Asked before the lock too: who may not seal must not be able to hold up a rotation.
+        sealing_slot(name, context_bound)?;
+        enter_barrier()?;
+    }
     let slot = sealing_slot(name, context_bound)?;
     let header = Header {
         slot,
@@ -370,16 +374,22 @@ fn ensure_cipher(slot: &read::SlotRow) -> Result<()> {
 
 /// Holds the barrier lock for this top-level transaction. The lock also makes the session accept
 /// pending invalidations: what is read of the cache after it is not older than the lock.
-#[inline]
 fn enter_barrier() -> Result<()> {
-    let process = u64::from(session::process().unsigned_abs());
-    let here = process << 32 | u64::from(session::local_transaction());
-    if BARRIER_HELD.load(Relaxed) == here {
-        return Ok(());
-    }
     session::lock_for_top_transaction(catalog::barrier()?);
-    BARRIER_HELD.store(here, Relaxed);
+    BARRIER_HELD.store(barrier_holder(), Relaxed);
     Ok(())
+}
+
+#[inline]
+fn holds_barrier() -> bool {
+    BARRIER_HELD.load(Relaxed) == barrier_holder()
+}
+
+/// This process and its top-level transaction, as one number.
+#[inline]
+fn barrier_holder() -> u64 {
+    let process = u64::from(session::process().unsigned_abs());
+    process << 32 | u64::from(session::local_transaction())
 }
 
 /// Runs `body` with this process's cache, made on first use. `body` must not call PostgreSQL.

@@ -173,3 +173,20 @@ fn a_cast_function_runs_for_those_who_may_run_it() {
     client.run("REVOKE EXECUTE ON FUNCTION to_boxed(int) FROM PUBLIC");
     database.connect_as(&eve).refuse(open, "42501");
 }
+
+#[test]
+fn a_role_that_may_not_seal_cannot_hold_the_barrier() {
+    let database = cluster().database("unentitled");
+    let mut client = database.connect();
+    let eve = database.role("eve");
+    client.run("SELECT rekey.create_key('pii')");
+    let mut session = database.connect_as(&eve);
+    session.run("BEGIN; SAVEPOINT s");
+    session.refuse("SELECT encrypt_col('x', 'pii')", "42501");
+    session.run("ROLLBACK TO s");
+    assert_eq!(
+        client.number("SELECT count(*) FROM pg_locks WHERE relation = 'rekey.barrier'::regclass"),
+        0
+    );
+    session.run("ROLLBACK");
+}

@@ -530,7 +530,18 @@ fn values_of_one_transaction_share_a_salt_and_count_on() {
         sealed(&mut client)[0][..12],
         "chained transactions too"
     );
-    client.run("COMMIT; SET rekey.salt_per_value = on");
+    for end in ["ROLLBACK", "PREPARE TRANSACTION 'salts'"] {
+        client.run("COMMIT; BEGIN; INSERT INTO t VALUES (1, NULL)");
+        let before = sealed(&mut client);
+        client.run(end);
+        assert_ne!(
+            before[0][..12],
+            sealed(&mut client)[0][..12],
+            "and after {end}"
+        );
+    }
+    client.run("ROLLBACK PREPARED 'salts'");
+    client.run("SET rekey.salt_per_value = on");
     let own = sealed(&mut client);
     assert_ne!(own[0][..12], own[1][..12]);
     let opened = client.text("SELECT decrypt_col(encrypt_col('own', 'pii'))");

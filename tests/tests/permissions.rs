@@ -245,8 +245,10 @@ fn set_role_and_session_authorization_change_whose_privileges_count() {
         "SELECT rekey.grant_key('pii', '{reader}', '{{decrypt}}')"
     ));
     admin.run(OPEN);
+    admin.run(SEAL);
     admin.run(&format!("SET ROLE {nobody}"));
     admin.refuse(OPEN, "42501");
+    admin.refuse(SEAL, "42501");
     assert!(!admin.truth("SELECT rekey.has_key_privilege('pii', 'decrypt')"));
     admin.run(&format!("SET ROLE {reader}"));
     admin.run(OPEN);

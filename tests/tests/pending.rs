@@ -121,7 +121,7 @@ fn promotion_waits_for_a_standby_or_says_that_it_did_not() {
     let mut replica = standby.connect("app");
     let pending = client.number(PREPARE);
     let promoted = client.number(
-        "SELECT rekey.promote_key('pii', wait_for_standbys => true, wait_timeout => '60 s')",
+        "SELECT rekey.promote_key('pii', wait_for_standbys => true, wait_timeout => '10 s')",
     );
     assert_eq!(promoted, pending);
     let known = format!("SELECT count(*) FROM rekey.slots WHERE slot_id = {pending}");
@@ -147,7 +147,7 @@ fn promotion_waits_for_a_standby_or_says_that_it_did_not() {
     );
     replica.run("SELECT pg_wal_replay_resume()");
     let promoted = client.number(
-        "SELECT rekey.promote_key('pii', wait_for_standbys => true, wait_timeout => '60 s')",
+        "SELECT rekey.promote_key('pii', wait_for_standbys => true, wait_timeout => '10 s')",
     );
     assert_eq!(promoted, next);
 }

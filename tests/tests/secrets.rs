@@ -82,6 +82,10 @@ fn failures() -> Vec<(String, &'static str)> {
         ),
         (format!("SELECT {seal}, 1 / (random() * 0)::int"), "22012"),
         (format!("SELECT keep({canary}); SELECT 1 / 0"), "22012"),
+        (
+            format!("DO $$ BEGIN EXECUTE $q$ SELEC encrypt_col({canary}, 'pii') $q$; END $$"),
+            "42601",
+        ),
         (format!("SELECT encrypt_col({canary}, 'nope')"), "42704"),
         (format!("SELECT encrypt_col({canary}, NULL)"), "22004"),
         (format!("SELECT encrypt_col(ROW({canary}), 'pii')"), "22023"),

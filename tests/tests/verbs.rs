@@ -185,6 +185,9 @@ fn require_context_refuses_unbound_sealing_only() {
         "x",
         "old rows still open"
     );
+    // The key is warm now, by a seal that was allowed.
+    client.run("SELECT encrypt_col('x', 'pii', 'a')");
+    client.refuse("SELECT encrypt_col('x', 'pii')", "22023");
 }
 
 #[test]

@@ -157,8 +157,10 @@ unsafe extern "C-unwind" fn emit_log(edata: *mut pg_sys::ErrorData) {
         if ran || names_a_verb(statement) || names_a_verb((*edata).internalquery) {
             (*edata).hide_stmt = true;
             (*edata).hide_ctx = true;
-            // The log prints an inner query whatever hide_stmt says.
+            // The log prints an inner query whatever hide_stmt says. Without it a position in it
+            // must not be sent either: drivers reject the one without the other.
             (*edata).internalquery = std::ptr::null_mut();
+            (*edata).internalpos = 0;
         }
         // Two messages quote other processes' statements: a deadlock's detail for the log, and the
         // detail of the postmaster on a backend that crashed. PostgreSQL frees what stands there.

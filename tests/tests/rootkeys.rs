@@ -512,3 +512,28 @@ fn init_that_is_rolled_back_or_refused_leaves_nothing_wrong() {
         .collect();
     assert_eq!(left, ["root.json"], "no draft is left behind");
 }
+
+#[test]
+fn after_a_reload_the_file_counts_and_not_what_the_postmaster_once_read() {
+    let (cluster, client) = with_rows(Options::preloaded());
+    drop(client);
+    let file = cluster.root_key_file();
+    let right = fs::read(&file).expect("the keyring");
+    let elsewhere = start();
+    elsewhere.database("other");
+    let wrong = fs::read(elsewhere.root_key_file()).expect("another keyring");
+    cluster.restart("fast");
+    let mut admin = cluster.connect("app");
+    let id = admin.text("SELECT root_id FROM rekey.root_keys");
+    cluster.write_file(&file, &wrong, 0o600);
+    assert_eq!(
+        cluster.connect("app").text(OPEN),
+        "one",
+        "nobody has said reload yet"
+    );
+    cluster.reload(&mut admin);
+    refuses_everything(&cluster, &id);
+    cluster.write_file(&file, &right, 0o600);
+    cluster.reload(&mut admin);
+    assert_eq!(cluster.connect("app").text(OPEN), "one");
+}

@@ -235,8 +235,8 @@ pub fn insert_wrap(id: SlotId, root: RootId, wrapped: &[u8]) -> Result<()> {
 
 /// Moves a slot to another state, stamps it, and records the transition.
 ///
-/// The row changes only if its state is still the one that the caller saw: 40001 in spirit, but
-/// the key's lock has made it impossible unless a restore runs beside us.
+/// The row changes only if its state is still the one that the caller saw. `lock_key` makes any
+/// other impossible (an older snapshot ends there in 40001), unless a restore runs beside us.
 pub fn transition(slot: &SlotRow, to: SlotState, action: &str, reason: &str) -> Result<()> {
     if !slot.state.may_become(to) {
         return Err(Error::State(

@@ -3,14 +3,18 @@
 //! Every `unsafe` of the extension lives under this folder, behind safe functions that state
 //! what they rely on; the other modules call those. By subject: function calls, text and
 //! bytea (`call`, `text`), catalog scans (`scan`), session state (`session`), callbacks and
-//! hooks (`hooks`), types and their text form (`types`), SQL as the extension (`sql`).
+//! hooks (`hooks`), types and their text form (`types`), SQL as the extension (`sql`), users'
+//! tables (`table`), work that may fail (`subtransaction`), who holds what (`locks`).
 //! One rule holds throughout: nothing here keeps a borrow across a call that may raise.
 
 pub mod call;
 pub mod hooks;
+pub mod locks;
 pub mod scan;
 pub mod session;
 pub mod sql;
+pub mod subtransaction;
+pub mod table;
 pub mod text;
 pub mod trigger;
 pub mod types;

@@ -15,13 +15,16 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use lru::LruCache;
-use pgrx::pg_sys::Oid;
+use pgrx::pg_sys::{self, Oid};
 use rekey_core::cipher::{OpenError, SealState, Subkey, XaesKey};
-use rekey_core::envelope::{Envelope, Header, Kind, SALT_LEN, SlotId};
+use rekey_core::envelope::{
+    CIPHERTEXT_AT, Envelope, HEADER_LEN, Header, Kind, OVERHEAD, SALT_LEN, SlotId,
+};
 use rekey_core::keyring::{Privilege, Privileges, SlotState};
 
 use crate::catalog::{self, read};
 use crate::error::{self, Error, Result};
+use crate::ffi::text::Varlena;
 use crate::ffi::{hooks, session, types};
 use crate::{guc, lifecycle, root_key};
 
@@ -76,8 +79,15 @@ struct Sealing {
 
 type SubkeyName = (SlotId, [u8; SALT_LEN]);
 
+/// Where envelopes of a slot go when they are re-encrypted.
+struct Target {
+    generation: u64,
+    active: Option<SlotId>,
+}
+
 struct Cache {
     process: i32,
+    targets: LruCache<SlotId, Target>,
     keys: LruCache<Box<[u8]>, KeyEntry>,
     slots: LruCache<SlotId, SlotEntry>,
     subkeys: Subkeys,
@@ -126,24 +136,7 @@ pub fn seal<R>(
         context_bound,
     };
     with_cache(|cache| {
-        let entry = latest(&mut cache.slots, slot).ok_or_else(no_cipher)?;
-        let epoch = hooks::sealing_epoch();
-        let process = session::process();
-        let usable = !guc::salt_per_value()
-            && entry
-                .sealing
-                .as_ref()
-                .is_some_and(|s| s.epoch == epoch && s.process == process && s.state.fits(len));
-        if !usable {
-            let cipher = entry.cipher.as_ref().ok_or_else(no_cipher)?;
-            let state = SealState::new(cipher)?;
-            entry.sealing = Some(Sealing {
-                epoch,
-                process,
-                state,
-            });
-        }
-        let state = &mut entry.sealing.as_mut().ok_or_else(no_cipher)?.state;
+        let state = sealing_state(&mut cache.slots, slot, len)?;
         let counter = state.next(len);
         let sealer = Sealer {
             header,
@@ -153,6 +146,33 @@ pub fn seal<R>(
         };
         Ok(seal(sealer))
     })
+}
+
+/// The sealing state of a slot in this process and transaction, fresh when it must be.
+#[inline]
+fn sealing_state(
+    slots: &mut LruCache<SlotId, SlotEntry>,
+    slot: SlotId,
+    len: usize,
+) -> Result<&mut SealState> {
+    let entry = latest(slots, slot).ok_or_else(no_cipher)?;
+    let epoch = hooks::sealing_epoch();
+    let process = session::process();
+    let usable = !guc::salt_per_value()
+        && entry
+            .sealing
+            .as_ref()
+            .is_some_and(|s| s.epoch == epoch && s.process == process && s.state.fits(len));
+    if !usable {
+        let cipher = entry.cipher.as_ref().ok_or_else(no_cipher)?;
+        let state = SealState::new(cipher)?;
+        entry.sealing = Some(Sealing {
+            epoch,
+            process,
+            state,
+        });
+    }
+    Ok(&mut entry.sealing.as_mut().ok_or_else(no_cipher)?.state)
 }
 
 /// Opens one parsed envelope with the slot that its header names.
@@ -195,6 +215,93 @@ pub fn open<R>(
     // What was read counts for this value, even if it has changed again meanwhile.
     let generation = prepare_open(slot, user, bound, context)?;
     with_cache(|cache| attempt(cache, generation))?.ok_or_else(no_cipher)
+}
+
+/// Re-encrypts one envelope under the active slot of its key: same kind, payload and context bytes
+/// (UTF-8). None when its slot is that one already, or when its key has no active slot.
+///
+/// No privilege is asked and no plaintext leaves: for the worker and the on-touch trigger, never to
+/// be called from SQL with bytes of the caller's choice. Holds the barrier like any seal, so that
+/// the slot is active under it. Errors: 22P03, 42704, 55000, 22023, F0000, 39000.
+pub fn reencrypt(envelope: &[u8], context: &[u8]) -> Result<Option<pg_sys::Datum>> {
+    let envelope = Envelope::parse(envelope)?;
+    let header = envelope.header;
+    if !holds_barrier() {
+        enter_barrier()?;
+    }
+    let from = header.slot;
+    let generation = hooks::generation();
+    let known = with_cache(|cache| {
+        let Cache { targets, slots, .. } = cache;
+        let target = targets.get(&from).filter(|t| t.generation == generation);
+        let ready = |slot: &SlotId| slots.peek(slot).is_some_and(|s| s.cipher.is_some());
+        Ok(target
+            .map(|t| t.active)
+            .filter(|active| active.is_none_or(|to| ready(&to) && ready(&from))))
+    })?;
+    let to = match known {
+        Some(active) => active,
+        None => prepare_reencryption(from)?,
+    };
+    let Some(to) = to else { return Ok(None) };
+    // An envelope that is not bound stays so, whatever context its column has.
+    let context = if header.context_bound { context } else { b"" };
+    if header.context_bound && context.is_empty() {
+        return Err(Error::ContextMissing(from));
+    }
+    let len = envelope.ciphertext.len();
+    let mut fresh = Varlena::allocate(OVERHEAD + len)?;
+    let bytes = fresh.data();
+    let payload = CIPHERTEXT_AT..CIPHERTEXT_AT + len;
+    bytes[payload.clone()].copy_from_slice(envelope.ciphertext);
+    with_cache(|cache| {
+        let Cache { slots, subkeys, .. } = cache;
+        let cipher = slots.peek(&from).and_then(|entry| entry.cipher.as_ref());
+        let cipher = cipher.ok_or_else(no_cipher)?;
+        let buffer = &mut bytes[payload.clone()];
+        subkeys
+            .open_with(cipher, (from, *envelope.salt), |subkey| {
+                let (counter, tag) = (envelope.counter, envelope.tag);
+                subkey.open_in_place(counter, envelope.header_bytes, context, buffer, tag)
+            })
+            .map_err(error::authentication(from))?;
+        let sealing = sealing_state(slots, to, len)?;
+        let counter = sealing.next(len);
+        let header = Header { slot: to, ..header }.to_bytes();
+        bytes[..HEADER_LEN].copy_from_slice(&header);
+        bytes[HEADER_LEN..HEADER_LEN + SALT_LEN].copy_from_slice(sealing.salt());
+        bytes[HEADER_LEN + SALT_LEN..CIPHERTEXT_AT].copy_from_slice(&counter);
+        let buffer = &mut bytes[payload];
+        let tag = sealing.subkey().seal_in_place(&counter, &header, context, buffer);
+        bytes[CIPHERTEXT_AT + len..].copy_from_slice(&tag);
+        Ok(())
+    })?;
+    Ok(Some(fresh.finish()))
+}
+
+/// Reads what re-encryption from a slot needs: the active slot of its key, and both ciphers.
+#[cold]
+fn prepare_reencryption(from: SlotId) -> Result<Option<SlotId>> {
+    let generation = hooks::generation();
+    let user = session::current_user();
+    let source = read::slot(from)?.ok_or(Error::UnknownSlot(from.as_i64()))?;
+    let name = crate::ffi::text::to_server(source.key_name.as_bytes())?;
+    let seals = read::key(&name)?.is_some_and(|key| key.seals);
+    let active = read::active_slot(&name)?.filter(|active| seals && *active != from);
+    if let Some(to) = active {
+        if !source.state.opens() {
+            let when = source.closed_at.map_or_else(String::new, types::timestamp_text);
+            return Err(Error::SlotClosed(from, source.state, when));
+        }
+        for slot in [from, to] {
+            let row = refresh_slot_for(slot, user, None)?;
+            ensure_cipher(&row.slot)?;
+        }
+    }
+    with_cache(|cache| {
+        cache.targets.put(from, Target { generation, active });
+        Ok(active)
+    })
 }
 
 /// The slow half of an open: reads what is missing or stale and finds the error, if any. Returns
@@ -310,6 +417,11 @@ struct Refreshed {
 
 /// Reads a slot and the user's privileges again, and drops what no longer may be kept.
 fn refresh_slot(id: SlotId, user: Oid, wanted: Privilege) -> Result<Refreshed> {
+    refresh_slot_for(id, user, Some(wanted))
+}
+
+/// The same, for the extension itself when no privilege is wanted: the user gains none.
+fn refresh_slot_for(id: SlotId, user: Oid, wanted: Option<Privilege>) -> Result<Refreshed> {
     let generation = hooks::generation();
     let slot = read::slot(id)?.ok_or(Error::UnknownSlot(id.as_i64()))?;
     let name = crate::ffi::text::to_server(slot.key_name.as_bytes())?;
@@ -331,7 +443,7 @@ fn refresh_slot(id: SlotId, user: Oid, wanted: Privilege) -> Result<Refreshed> {
                     cache.subkeys.forget(id);
                 }
             }
-            None if privileges.implies(wanted) => {
+            None if wanted.is_none_or(|wanted| privileges.implies(wanted)) => {
                 let entry = SlotEntry {
                     generation,
                     may_decrypt: Verdicts::of(user, may_decrypt),
@@ -374,7 +486,7 @@ fn ensure_cipher(slot: &read::SlotRow) -> Result<()> {
 
 /// Holds the barrier lock for this top-level transaction. The lock also makes the session accept
 /// pending invalidations: what is read of the cache after it is not older than the lock.
-fn enter_barrier() -> Result<()> {
+pub fn enter_barrier() -> Result<()> {
     session::lock_for_top_transaction(catalog::barrier()?);
     BARRIER_HELD.store(barrier_holder(), Relaxed);
     Ok(())
@@ -418,6 +530,7 @@ impl Cache {
         let bound = NonZeroUsize::new(guc::key_cache_slots()).unwrap_or(NonZeroUsize::MIN);
         Cache {
             process,
+            targets: bounded(bound),
             keys: bounded(bound),
             slots: bounded(bound),
             subkeys: Subkeys::new(bound),

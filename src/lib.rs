@@ -8,6 +8,7 @@
 //! | `api` | the SQL functions, by subject |
 //! | `lifecycle` | creation, rotation, rollback, end of keys and slots |
 //! | `cache` | what a session keeps ready: slots, subkeys, privileges |
+//! | `stale` | which envelopes are to be re-encrypted, by their header |
 //! | `standbys` | waiting until they have replayed what was committed |
 //! | `typed` | values of any type as payloads, and back |
 //! | `root_key` | where root keys come from |
@@ -25,6 +26,7 @@ mod ffi;
 mod guc;
 mod lifecycle;
 mod root_key;
+mod stale;
 mod standbys;
 mod typed;
 

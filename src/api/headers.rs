@@ -2,21 +2,14 @@
 
 use pgrx::pg_sys::FunctionCallInfo;
 use pgrx::prelude::*;
-use rekey_core::envelope::{Envelope, HEADER_LEN, Header, OVERHEAD};
+use rekey_core::envelope::Envelope;
 use rekey_core::keyring::bind_parts;
 
 use crate::catalog::read;
 use crate::error::{Error, Result};
 use crate::ffi::call::{Reply, reply};
 use crate::ffi::{session, text};
-
-/// The header of a datum that is long enough to be an envelope, without its body.
-fn header(datum: pg_sys::Datum) -> Option<Header> {
-    let len = i32::try_from(HEADER_LEN).ok()?;
-    let prefix = text::detoasted_prefix(datum, len);
-    let header = Header::parse(prefix).ok()?;
-    (text::varlena_len(datum) >= OVERHEAD).then_some(header)
-}
+use crate::stale::header;
 
 #[pg_extern(sql = false)]
 fn slot_id(fcinfo: FunctionCallInfo) -> Reply {

@@ -48,6 +48,8 @@ pub struct SlotRow {
     pub proved: bool,
     /// Whether the row was written in the current transaction.
     pub made_here: bool,
+    /// Transaction that wrote this version of the row.
+    pub written_by: pg_sys::TransactionId,
 }
 
 /// A row of rekey.root_key.
@@ -99,6 +101,30 @@ pub fn slots_of(name: &[u8]) -> Result<Vec<SlotRow>> {
     }
     slots.sort_by_key(|slot| slot.version);
     Ok(slots)
+}
+
+/// Every slot of this database, in no order.
+pub fn all_slots() -> Result<Vec<SlotRow>> {
+    let find = || tables().map(|t| (t.key_slot, pg_sys::InvalidOid));
+    let mut scan = Scan::open(find, &[], &[])?;
+    let mut slots = Vec::new();
+    while let Some(row) = scan.next_row() {
+        slots.push(slot_row(&row)?);
+    }
+    Ok(slots)
+}
+
+/// The names of the keys that seal, not shredded.
+pub fn sealing_keys() -> Result<std::collections::HashSet<String>> {
+    let find = || tables().map(|t| (t.key, pg_sys::InvalidOid));
+    let mut scan = Scan::open(find, &[], &[])?;
+    let mut names = std::collections::HashSet::new();
+    while let Some(row) = scan.next_row() {
+        if row.bytes(2) == b"seal" && row.datum(10).is_none() {
+            names.insert(text::to_utf8_string(&row.bytes(1))?);
+        }
+    }
+    Ok(names)
 }
 
 /// The wrapped keys of a slot, by root key.
@@ -205,5 +231,6 @@ fn slot_row(row: &Row<'_>) -> Result<SlotRow> {
         compromised: row.datum(12).is_some(),
         proved: row.datum(14).is_some(),
         made_here: row.written_here(),
+        written_by: row.writer(),
     })
 }

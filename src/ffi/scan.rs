@@ -135,14 +135,17 @@ impl Row<'_> {
         (!null).then_some(datum)
     }
 
-    /// Whether the current transaction has written this version of the row.
-    pub fn written_here(&self) -> bool {
+    /// The transaction that has written this version of the row.
+    pub fn writer(&self) -> pg_sys::TransactionId {
         // SAFETY: the tuple is in memory while the scan is on this row; t_heap is the variant of
         // every stored tuple.
-        unsafe {
-            let xmin = (*(*self.tuple).t_data).t_choice.t_heap.t_xmin;
-            pg_sys::TransactionIdIsCurrentTransactionId(xmin)
-        }
+        unsafe { (*(*self.tuple).t_data).t_choice.t_heap.t_xmin }
+    }
+
+    /// Whether the current transaction has written this version of the row.
+    pub fn written_here(&self) -> bool {
+        // SAFETY: asks the transaction manager.
+        unsafe { pg_sys::TransactionIdIsCurrentTransactionId(self.writer()) }
     }
 
     /// A text or bytea column's bytes, copied. NULL is empty.

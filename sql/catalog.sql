@@ -109,42 +109,98 @@ COMMENT ON COLUMN rekey.key_grant.privilege IS 'owner, manage, rotate, encrypt o
 COMMENT ON COLUMN rekey.key_grant.granted_at IS 'When it was granted';
 
 CREATE TABLE rekey.registered_column (
-    table_name  regclass NOT NULL,
-    column_name name NOT NULL,
-    context     text NOT NULL DEFAULT '',
-    options     jsonb NOT NULL DEFAULT '{}',
+    table_name    regclass NOT NULL,
+    column_name   text COLLATE "C" NOT NULL,
+    context       text NOT NULL DEFAULT '',
+    fire_triggers boolean NOT NULL DEFAULT false,
+    attnum        smallint NOT NULL,
+    attnum_of     oid NOT NULL,
+    registered_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    registered_by text NOT NULL DEFAULT current_user,
     PRIMARY KEY (table_name, column_name)
 );
 COMMENT ON TABLE rekey.registered_column IS 'Columns that hold envelopes and that the worker re-encrypts';
 COMMENT ON COLUMN rekey.registered_column.table_name IS 'Table';
-COMMENT ON COLUMN rekey.registered_column.column_name IS 'Column of type bytea';
+COMMENT ON COLUMN rekey.registered_column.column_name IS 'Name of the column when it was registered';
 COMMENT ON COLUMN rekey.registered_column.context IS 'Expression over the row that gives the bound context; empty for none';
-COMMENT ON COLUMN rekey.registered_column.options IS 'Options of this column';
+COMMENT ON COLUMN rekey.registered_column.fire_triggers IS 'Whether the table''s triggers fire when the worker updates a row';
+COMMENT ON COLUMN rekey.registered_column.attnum IS 'Number of the column, which follows a rename';
+COMMENT ON COLUMN rekey.registered_column.attnum_of IS 'Table for which the number counts; after a restore it is another one, and the name counts';
+COMMENT ON COLUMN rekey.registered_column.registered_at IS 'When it was registered';
+COMMENT ON COLUMN rekey.registered_column.registered_by IS 'Who registered it';
 
 CREATE TABLE rekey.progress_state (
-    table_name regclass PRIMARY KEY,
-    state      jsonb NOT NULL
+    table_name     regclass PRIMARY KEY,
+    file_node      oid NOT NULL,
+    wave           text NOT NULL,
+    cursor_block   bigint NOT NULL DEFAULT 0,
+    blocks_left    bigint NOT NULL,
+    blocks_total   bigint NOT NULL,
+    rows_scanned   bigint NOT NULL DEFAULT 0,
+    rows_rewritten bigint NOT NULL DEFAULT 0,
+    rows_skipped   bigint NOT NULL DEFAULT 0,
+    phase          text NOT NULL DEFAULT 'pass'
+                   CHECK (phase IN ('pass', 'barrier', 'proof', 'done')),
+    note           text NOT NULL DEFAULT '',
+    started_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    updated_at     timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 COMMENT ON TABLE rekey.progress_state IS 'Where re-encryption of a table stands; not dumped';
-COMMENT ON COLUMN rekey.progress_state.table_name IS 'Table';
-COMMENT ON COLUMN rekey.progress_state.state IS 'Cursor and counts';
+COMMENT ON COLUMN rekey.progress_state.table_name IS 'Table, a leaf where it is partitioned';
+COMMENT ON COLUMN rekey.progress_state.file_node IS 'File of the table for which the cursor counts';
+COMMENT ON COLUMN rekey.progress_state.wave IS 'Slots and times of the rotations that the pass serves';
+COMMENT ON COLUMN rekey.progress_state.cursor_block IS 'Block at which the next batch begins';
+COMMENT ON COLUMN rekey.progress_state.blocks_left IS 'Blocks that this pass has still to visit';
+COMMENT ON COLUMN rekey.progress_state.blocks_total IS 'Blocks of the table when the pass began';
+COMMENT ON COLUMN rekey.progress_state.rows_scanned IS 'Rows looked at';
+COMMENT ON COLUMN rekey.progress_state.rows_rewritten IS 'Rows re-encrypted';
+COMMENT ON COLUMN rekey.progress_state.rows_skipped IS 'Rows that were locked or changed meanwhile, and are looked at again';
+COMMENT ON COLUMN rekey.progress_state.phase IS 'pass, barrier, proof or done';
+COMMENT ON COLUMN rekey.progress_state.note IS 'What it waits for';
+COMMENT ON COLUMN rekey.progress_state.started_at IS 'When the pass began';
+COMMENT ON COLUMN rekey.progress_state.updated_at IS 'When the last batch was committed';
+
+CREATE TABLE rekey.pause (
+    table_name   regclass PRIMARY KEY,
+    paused_until timestamptz NOT NULL DEFAULT 'infinity',
+    reason       text NOT NULL DEFAULT '',
+    paused_by    text NOT NULL,
+    paused_at    timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+COMMENT ON TABLE rekey.pause IS 'Tables whose re-encryption is paused; 0 is all of them; not dumped';
+COMMENT ON COLUMN rekey.pause.table_name IS 'Table, or 0 for all';
+COMMENT ON COLUMN rekey.pause.paused_until IS 'When it goes on by itself';
+COMMENT ON COLUMN rekey.pause.reason IS 'Why';
+COMMENT ON COLUMN rekey.pause.paused_by IS 'Role that paused it';
+COMMENT ON COLUMN rekey.pause.paused_at IS 'When it was paused';
 
 CREATE TABLE rekey.quarantine (
     quarantine_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     table_name    regclass NOT NULL,
-    row_ref       text NOT NULL,
+    row_ref       tid NOT NULL,
+    slot_id       bigint,
     sqlstate      text NOT NULL,
     tries         integer NOT NULL DEFAULT 1,
-    next_try      timestamptz
+    first_try     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    next_try      timestamptz,
+    dismissed_at  timestamptz,
+    dismissed_by  text,
+    reason        text NOT NULL DEFAULT '',
+    UNIQUE (table_name, row_ref)
 );
 COMMENT ON TABLE rekey.quarantine IS 'Rows that could not be re-encrypted, never their values; not dumped';
 COMMENT ON SEQUENCE rekey.quarantine_quarantine_id_seq IS 'Numbers of the entries';
 COMMENT ON COLUMN rekey.quarantine.quarantine_id IS 'Number of the entry';
 COMMENT ON COLUMN rekey.quarantine.table_name IS 'Table';
-COMMENT ON COLUMN rekey.quarantine.row_ref IS 'Primary key or ctid of the row';
+COMMENT ON COLUMN rekey.quarantine.row_ref IS 'ctid of the row';
+COMMENT ON COLUMN rekey.quarantine.slot_id IS 'Slot that its envelope names';
 COMMENT ON COLUMN rekey.quarantine.sqlstate IS 'Error of the last try';
 COMMENT ON COLUMN rekey.quarantine.tries IS 'Number of tries';
+COMMENT ON COLUMN rekey.quarantine.first_try IS 'When it first failed';
 COMMENT ON COLUMN rekey.quarantine.next_try IS 'When it is tried again';
+COMMENT ON COLUMN rekey.quarantine.dismissed_at IS 'When somebody decided to do without the row''s value';
+COMMENT ON COLUMN rekey.quarantine.dismissed_by IS 'Who decided';
+COMMENT ON COLUMN rekey.quarantine.reason IS 'Why';
 
 CREATE SEQUENCE rekey.audit_id AS bigint;
 COMMENT ON SEQUENCE rekey.audit_id IS 'Numbers of the audit rows';

@@ -172,3 +172,96 @@ CREATE FUNCTION rekey.holds_root_key(root_id text) RETURNS boolean
     LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'holds_root_key_wrapper';
 COMMENT ON FUNCTION rekey.holds_root_key(text) IS
     'Whether this server holds a root key (pg_monitor; NULL for others)';
+
+-- Registered columns, their re-encryption and the quarantine.
+
+CREATE FUNCTION rekey.register_column(table_name regclass, column_name name, context text DEFAULT '',
+        fire_triggers boolean DEFAULT false) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'register_column_wrapper';
+COMMENT ON FUNCTION rekey.register_column(regclass, name, text, boolean) IS
+    'Registers a column of envelopes for re-encryption; context is an expression over the row: rekey.context(''customer.email'', id::text)';
+
+CREATE FUNCTION rekey.unregister_column(table_name regclass, column_name name) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'unregister_column_wrapper';
+COMMENT ON FUNCTION rekey.unregister_column(regclass, name) IS
+    'Ends the registration of a column; its envelopes stay as they are';
+
+CREATE FUNCTION rekey.reencrypt_step(table_name regclass, first boolean, OUT message text,
+        OUT rewritten bigint, OUT finished boolean) RETURNS record
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'reencrypt_step_wrapper';
+COMMENT ON FUNCTION rekey.reencrypt_step(regclass, boolean) IS
+    'One transaction''s worth of re-encryption, for CALL rekey.reencrypt()';
+
+-- Without SET and SECURITY DEFINER: with either, COMMIT is refused. Every name is qualified, and
+-- no operator is looked up but integer addition in pg_catalog.
+CREATE PROCEDURE rekey.reencrypt(table_name regclass DEFAULT NULL)
+    LANGUAGE plpgsql AS $$
+DECLARE
+    step record;
+    rows_done bigint := 0;
+    first boolean := true;
+    said text := '';
+    said_at timestamptz := pg_catalog.clock_timestamp();
+BEGIN
+    LOOP
+        SELECT s.message, s.rewritten, s.finished INTO step
+          FROM rekey.reencrypt_step(table_name, first) AS s;
+        first := false;
+        rows_done := rows_done OPERATOR(pg_catalog.+) step.rewritten;
+        IF step.message OPERATOR(pg_catalog.<>) '' AND step.message OPERATOR(pg_catalog.<>) said
+           AND (step.rewritten OPERATOR(pg_catalog.=) 0
+                OR step.finished
+                OR pg_catalog.clock_timestamp() OPERATOR(pg_catalog.>)
+                   (said_at OPERATOR(pg_catalog.+) '1 second'::pg_catalog.interval)) THEN
+            RAISE NOTICE '%, % rows re-encrypted', step.message, rows_done;
+            said := step.message;
+            said_at := pg_catalog.clock_timestamp();
+        END IF;
+        EXIT WHEN step.finished;
+        COMMIT;
+    END LOOP;
+    RAISE NOTICE 'done, % rows re-encrypted', rows_done;
+END
+$$;
+COMMENT ON PROCEDURE rekey.reencrypt(regclass) IS
+    'Does the background worker''s work in the foreground, for one table or for all, and commits after each batch';
+
+CREATE FUNCTION rekey.pause(table_name regclass DEFAULT NULL, until timestamptz DEFAULT NULL,
+        reason text DEFAULT '') RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'pause_wrapper';
+COMMENT ON FUNCTION rekey.pause(regclass, timestamptz, text) IS
+    'Pauses re-encryption of a table, or of all, until a time or until resume()';
+
+CREATE FUNCTION rekey.resume(table_name regclass DEFAULT NULL) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'resume_wrapper';
+COMMENT ON FUNCTION rekey.resume(regclass) IS
+    'Ends what pause() began';
+
+CREATE FUNCTION rekey.retry_quarantine() RETURNS bigint
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'retry_quarantine_wrapper';
+COMMENT ON FUNCTION rekey.retry_quarantine() IS
+    'Has the rows under quarantine in the caller''s tables tried again at once, and returns how many';
+
+CREATE FUNCTION rekey.dismiss_quarantine(quarantine_id bigint, reason text) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'dismiss_quarantine_wrapper';
+COMMENT ON FUNCTION rekey.dismiss_quarantine(bigint, text) IS
+    'Decides to do without the value of a row; proofs list it as an exception';
+
+CREATE FUNCTION rekey.envelope_places() RETURNS text
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'envelope_places_wrapper';
+COMMENT ON FUNCTION rekey.envelope_places() IS
+    'What find_envelopes returns, as JSON';
+
+CREATE FUNCTION rekey.find_envelopes() RETURNS TABLE (table_name text, column_name text, slot_id bigint, envelopes bigint)
+    LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT p.table_name, p.column_name, p.slot_id, p.envelopes
+      FROM pg_catalog.jsonb_to_recordset(rekey.envelope_places()::jsonb)
+           AS p(table_name text, column_name text, slot_id bigint, envelopes bigint)
+$$;
+COMMENT ON FUNCTION rekey.find_envelopes() IS
+    'Envelopes in bytea columns, materialized views and defaults that nobody has registered; reads every table';
+
+CREATE FUNCTION rekey.table_visible(table_name regclass) RETURNS boolean
+    LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'table_visible_wrapper';
+COMMENT ON FUNCTION rekey.table_visible(regclass) IS
+    'Whether the views show a table''s re-encryption to the current user: its owner and pg_monitor';

@@ -67,3 +67,14 @@ CREATE EVENT TRIGGER pg_rekey_guard_drop ON ddl_command_start
 ALTER EVENT TRIGGER pg_rekey_guard_drop ENABLE ALWAYS;
 COMMENT ON EVENT TRIGGER pg_rekey_guard_drop IS
     'pg_rekey does not go while a slot can still open something (rekey.allow_drop overrides)';
+
+CREATE FUNCTION rekey.forget_dropped() RETURNS event_trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'forget_dropped_wrapper';
+COMMENT ON FUNCTION rekey.forget_dropped() IS
+    'Event trigger: a dropped table takes its registration with it, so that no later table inherits it by its OID';
+CREATE EVENT TRIGGER pg_rekey_forget_dropped ON sql_drop
+    WHEN TAG IN ('DROP TABLE', 'DROP SCHEMA', 'DROP OWNED', 'DROP EXTENSION', 'DROP TYPE', 'ALTER TABLE')
+    EXECUTE FUNCTION rekey.forget_dropped();
+ALTER EVENT TRIGGER pg_rekey_forget_dropped ENABLE ALWAYS;
+COMMENT ON EVENT TRIGGER pg_rekey_forget_dropped IS
+    'A dropped table takes its registration with it';

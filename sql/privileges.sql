@@ -11,7 +11,7 @@ BEGIN
           FROM pg_class c, aclexplode(c.relacl) a
          WHERE c.relnamespace = 'rekey'::regnamespace AND a.grantee <> c.relowner
         UNION
-        SELECT 'FUNCTION', p.oid::regprocedure::text, a.grantee
+        SELECT 'ROUTINE', p.oid::regprocedure::text, a.grantee
           FROM pg_depend d
           JOIN pg_extension e ON e.oid = d.refobjid AND e.extname = 'pg_rekey'
           JOIN pg_proc p ON p.oid = d.objid,
@@ -36,11 +36,14 @@ BEGIN
          WHERE d.classid = 'pg_proc'::regclass AND d.refclassid = 'pg_extension'::regclass
            AND d.deptype = 'e'
            AND p.proname NOT IN ('create_key', 'init_root_key', 'reload_root_keys',
-                                 'refuse_direct_change', 'announce_change', 'guard_drop')
+                                 'refuse_direct_change', 'announce_change', 'guard_drop',
+                                 'forget_dropped', 'pause', 'resume', 'find_envelopes',
+                                 'envelope_places')
     LOOP
-        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO PUBLIC', given.object);
+        EXECUTE format('GRANT EXECUTE ON ROUTINE %s TO PUBLIC', given.object);
     END LOOP;
 END
 $$;
 GRANT USAGE ON SCHEMA rekey TO PUBLIC;
-GRANT SELECT ON rekey.keys, rekey.slots, rekey.grants, rekey.root_keys, rekey.audit TO PUBLIC;
+GRANT SELECT ON rekey.keys, rekey.slots, rekey.grants, rekey.root_keys, rekey.audit, rekey.columns,
+    rekey.progress, rekey.errors TO PUBLIC;

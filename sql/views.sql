@@ -79,6 +79,61 @@ SELECT l.at, l.action, l.key_name, l.slot_id, l.from_state, l.to_state, l.actor,
  WHERE rekey.key_visible(l.key_name);
 COMMENT ON VIEW rekey.audit IS 'What was done to keys and slots, by whom and when';
 
+CREATE VIEW rekey.columns WITH (security_barrier) AS
+SELECT r.table_name,
+       coalesce(a.attname::text, r.column_name) AS column_name,
+       r.context,
+       r.fire_triggers,
+       a.attname IS NULL AS missing,
+       r.registered_at,
+       r.registered_by
+  FROM rekey.registered_column r
+  LEFT JOIN pg_catalog.pg_attribute a
+         ON a.attrelid = r.table_name::oid AND NOT a.attisdropped
+        AND CASE WHEN r.attnum_of = r.table_name::oid THEN a.attnum = r.attnum
+                 ELSE a.attname = r.column_name END
+ WHERE rekey.table_visible(r.table_name);
+COMMENT ON VIEW rekey.columns IS 'Columns that are re-encrypted (for the tables'' owners and pg_monitor)';
+
+CREATE VIEW rekey.progress WITH (security_barrier) AS
+SELECT p.table_name,
+       CASE WHEN z.table_name IS NOT NULL THEN 'paused' ELSE p.phase END AS phase,
+       x.percent,
+       pg_catalog.rpad(pg_catalog.repeat('#', (x.percent / 5)::integer), 20, '.') AS bar,
+       p.rows_scanned,
+       p.rows_rewritten,
+       p.rows_skipped,
+       (SELECT count(*) FROM rekey.quarantine q
+         WHERE q.table_name = p.table_name AND q.dismissed_at IS NULL) AS rows_quarantined,
+       CASE WHEN p.updated_at > p.started_at THEN
+           (p.rows_scanned / extract(epoch FROM p.updated_at - p.started_at))::bigint
+       END AS rows_per_second,
+       CASE WHEN x.percent > 0 AND x.percent < 100 THEN
+           (p.updated_at - p.started_at) * ((100 - x.percent) / x.percent)::double precision
+       END AS time_left,
+       CASE WHEN z.table_name IS NOT NULL
+            THEN 'paused by ' || z.paused_by || CASE WHEN z.reason = '' THEN '' ELSE ': ' || z.reason END
+            ELSE p.note END AS waits_for,
+       p.started_at,
+       p.updated_at
+  FROM rekey.progress_state p
+  CROSS JOIN LATERAL (SELECT CASE WHEN p.blocks_total = 0 OR p.blocks_left = 0 THEN 100.0
+           ELSE round(100.0 * greatest(p.blocks_total - p.blocks_left, 0) / p.blocks_total, 1)
+           END AS percent) AS x
+  LEFT JOIN LATERAL (SELECT * FROM rekey.pause z
+                      WHERE z.table_name::oid IN (p.table_name::oid, '0'::oid)
+                        AND z.paused_until > clock_timestamp()
+                      ORDER BY z.table_name::oid LIMIT 1) AS z ON true
+ WHERE rekey.table_visible(p.table_name);
+COMMENT ON VIEW rekey.progress IS 'How far re-encryption of each table is, and what it waits for (for the tables'' owners and pg_monitor)';
+
+CREATE VIEW rekey.errors WITH (security_barrier) AS
+SELECT q.quarantine_id, q.table_name, q.row_ref, q.slot_id, q.sqlstate, q.tries, q.first_try,
+       q.next_try, q.dismissed_at, q.dismissed_by, q.reason
+  FROM rekey.quarantine q
+ WHERE rekey.table_visible(q.table_name);
+COMMENT ON VIEW rekey.errors IS 'Rows that could not be re-encrypted: they stand in the way of the proof until they are mended or dismissed';
+
 COMMENT ON COLUMN rekey.keys.key_name IS 'Name of the key';
 COMMENT ON COLUMN rekey.keys.owner IS 'Role that owns it: may do everything with it';
 COMMENT ON COLUMN rekey.keys.active_slot IS 'Slot that new values are sealed under; NULL when there is none';
@@ -133,3 +188,37 @@ COMMENT ON COLUMN rekey.audit.session_role IS 'Role that logged in';
 COMMENT ON COLUMN rekey.audit.detail IS 'Reason, or what was granted or changed';
 COMMENT ON COLUMN rekey.audit.xid IS 'Transaction';
 COMMENT ON COLUMN rekey.audit.audit_id IS 'Number of the row';
+
+COMMENT ON COLUMN rekey.columns.table_name IS 'Table';
+COMMENT ON COLUMN rekey.columns.column_name IS 'Present name of the column';
+COMMENT ON COLUMN rekey.columns.context IS 'Expression that gives the bound context; empty for none';
+COMMENT ON COLUMN rekey.columns.fire_triggers IS 'Whether the table''s triggers fire when a row is re-encrypted';
+COMMENT ON COLUMN rekey.columns.missing IS 'Whether the column is gone: no slot can be proved unused then';
+COMMENT ON COLUMN rekey.columns.registered_at IS 'When it was registered';
+COMMENT ON COLUMN rekey.columns.registered_by IS 'Who registered it';
+
+COMMENT ON COLUMN rekey.progress.table_name IS 'Table, a leaf where it is partitioned';
+COMMENT ON COLUMN rekey.progress.phase IS 'pass, barrier, proof, done or paused';
+COMMENT ON COLUMN rekey.progress.percent IS 'Share of the table''s blocks that the pass has visited';
+COMMENT ON COLUMN rekey.progress.bar IS 'The same as a bar';
+COMMENT ON COLUMN rekey.progress.rows_scanned IS 'Rows looked at';
+COMMENT ON COLUMN rekey.progress.rows_rewritten IS 'Rows re-encrypted';
+COMMENT ON COLUMN rekey.progress.rows_skipped IS 'Rows that somebody else had locked, looked at again later';
+COMMENT ON COLUMN rekey.progress.rows_quarantined IS 'Rows under quarantine, see rekey.errors';
+COMMENT ON COLUMN rekey.progress.rows_per_second IS 'Rows looked at per second since the pass began, rests included';
+COMMENT ON COLUMN rekey.progress.time_left IS 'Time that the rest of the pass takes at this speed';
+COMMENT ON COLUMN rekey.progress.waits_for IS 'What it waits for: a session by pid, a prepared transaction by its gid, a lock, a pause';
+COMMENT ON COLUMN rekey.progress.started_at IS 'When the pass began';
+COMMENT ON COLUMN rekey.progress.updated_at IS 'When the last batch was committed';
+
+COMMENT ON COLUMN rekey.errors.quarantine_id IS 'Number of the entry, for dismiss_quarantine';
+COMMENT ON COLUMN rekey.errors.table_name IS 'Table';
+COMMENT ON COLUMN rekey.errors.row_ref IS 'ctid of the row';
+COMMENT ON COLUMN rekey.errors.slot_id IS 'Slot that its envelope names';
+COMMENT ON COLUMN rekey.errors.sqlstate IS 'Why the last try failed';
+COMMENT ON COLUMN rekey.errors.tries IS 'Number of tries';
+COMMENT ON COLUMN rekey.errors.first_try IS 'When it first failed';
+COMMENT ON COLUMN rekey.errors.next_try IS 'When it is tried again';
+COMMENT ON COLUMN rekey.errors.dismissed_at IS 'When somebody decided to do without its value';
+COMMENT ON COLUMN rekey.errors.dismissed_by IS 'Who decided';
+COMMENT ON COLUMN rekey.errors.reason IS 'Why';

@@ -12,6 +12,7 @@ pub mod cipher;
 pub mod envelope;
 pub mod keyring;
 pub mod root_keyring;
+pub mod schedule;
 
 mod hex;
 mod random;

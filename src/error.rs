@@ -27,6 +27,8 @@ pub enum Error {
     ContextRequired(String),
     /// A NULL argument where a value is needed.
     NullArgument(&'static str),
+    /// An object of the wrong kind, or in a way that forbids it: SQLSTATE, message, detail, hint.
+    Object(Code, String, String, String),
     /// A bad argument: message, detail, hint.
     Argument(String, String, String),
     /// A key name that breaks the rules.
@@ -75,6 +77,12 @@ pub enum Error {
     },
     /// The system gave no random bytes.
     Random,
+    /// Code of a table's owner failed in a way that no row is to blame for.
+    Owner(Code),
+    /// The user has cancelled the statement.
+    Cancelled,
+    /// A proof held its snapshot for as long as it may.
+    SnapshotTooOld,
     /// The extension is not created in this database.
     NoCatalog,
     /// The extension would go with keys in use: open slots, keys.
@@ -143,6 +151,11 @@ impl Error {
         unreachable!("ERROR does not return")
     }
 
+    /// Its SQLSTATE.
+    pub fn code(self) -> Code {
+        self.texts().0
+    }
+
     fn texts(self) -> (Code, String, String, String) {
         use Code::{
             ERRCODE_CHARACTER_NOT_IN_REPERTOIRE, ERRCODE_CONFIG_FILE_ERROR,
@@ -188,6 +201,7 @@ impl Error {
                     "Leave the context out: decrypt_col(envelope). decrypt_col takes no key name."
                 },
             ),
+            Error::Object(code, message, detail, hint) => (code, message, detail, hint),
             Error::ContextRequired(key) => (
                 ERRCODE_INVALID_PARAMETER_VALUE,
                 format!("key \"{key}\" seals only with a context"),
@@ -342,6 +356,26 @@ impl Error {
                 "the operating system gave no random bytes",
                 "Keys and nonces come from its generator only.".to_string(),
                 "Check the system's generator (getrandom).",
+            ),
+            Error::Owner(code) => entry(
+                code,
+                "code of the table's owner failed",
+                "An index expression, constraint or trigger raised it; its text may quote values \
+                 and is withheld."
+                    .to_string(),
+                "Run the update by hand as the table's owner to see it.",
+            ),
+            Error::Cancelled => entry(
+                Code::ERRCODE_QUERY_CANCELED,
+                "re-encryption was cancelled",
+                "What was committed stays; the batch in hand is undone.".to_string(),
+                "CALL rekey.reencrypt() goes on where it ended.",
+            ),
+            Error::SnapshotTooOld => entry(
+                ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                "the proof held its snapshot for too long",
+                "It would hold back vacuum.".to_string(),
+                "Raise rekey.max_snapshot_age.",
             ),
             Error::NoCatalog => entry(
                 ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,

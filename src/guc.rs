@@ -20,6 +20,35 @@ static ROOT_KEY_FILE: GucSetting<Option<CString>> = GucSetting::<Option<CString>
 /// Lets the extension go although slots can open something. Default: off; superusers.
 static ALLOW_DROP: GucSetting<bool> = GucSetting::<bool>::new(false);
 
+/// Whether the background worker runs. Default: on.
+static WORKER: GucSetting<bool> = GucSetting::<bool>::new(true);
+/// Databases that it visits: a comma list, or * for all. Default: all.
+static DATABASES: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"*"));
+/// Databases that are worked on at once. Default 2: a server has other things to do.
+static MAX_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(2);
+/// Time of one batch in ms. Default 100: nobody waits longer for a row that it has locked.
+static BATCH_TARGET: GucSetting<i32> = GucSetting::<i32>::new(100);
+/// Share of the time in which the worker works. Default 0.2: a fifth of one core and its disk.
+static WORK_RATIO: GucSetting<f64> = GucSetting::<f64>::new(0.2);
+/// WAL in kB per second. Default 16 MB.
+static MAX_WAL_RATE: GucSetting<i32> = GucSetting::<i32>::new(16 * 1024);
+/// Replay lag of a standby in ms at which the worker rests. Default 30 s.
+static MAX_REPLICATION_LAG: GucSetting<i32> = GucSetting::<i32>::new(30_000);
+/// Standbys whose lag counts, by application_name. Default: all.
+static LAG_STANDBYS: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"*"));
+/// Share of dead rows of a table at which the worker waits for vacuum. Default 0.25, above the
+/// 0.2 at which autovacuum comes by default.
+static MAX_DEAD_RATIO: GucSetting<f64> = GucSetting::<f64>::new(0.25);
+/// Free space of the data directory in MB below which the worker rests. Default 1 GB.
+static MIN_FREE_DISK: GucSetting<i32> = GucSetting::<i32>::new(1024);
+/// Age in s at which a proof gives up its snapshot. Default 1 h.
+static MAX_SNAPSHOT_AGE: GucSetting<i32> = GucSetting::<i32>::new(3600);
+/// Rotations by age in an hour. Default 60.
+static MAX_ROTATIONS_PER_HOUR: GucSetting<i32> = GucSetting::<i32>::new(60);
+/// How long queries of standbys without feedback may run, in ms. Default 30 s, as
+/// max_standby_streaming_delay.
+static STANDBY_QUERY_DELAY: GucSetting<i32> = GucSetting::<i32>::new(30_000);
+
 /// Defines the settings. Called once, from `_PG_init`.
 pub fn init() {
     GucRegistry::define_string_guc(
@@ -64,6 +93,7 @@ pub fn init() {
         GucContext::Suset,
         GucFlags::default(),
     );
+    init_worker();
     // SAFETY: a C string; the function copies it.
     unsafe { pg_sys::MarkGUCPrefixReserved(c"rekey".as_ptr()) }
 }
@@ -107,4 +137,202 @@ pub fn root_key_file() -> Option<std::path::PathBuf> {
 /// Whether a superuser has said that the keys may go.
 pub fn allow_drop() -> bool {
     ALLOW_DROP.get()
+}
+
+/// The settings of the background worker; the server reads all of them again at a reload.
+fn init_worker() {
+    GucRegistry::define_bool_guc(
+        c"rekey.worker",
+        c"Re-encrypts stale rows in the background.",
+        c"Needs pg_rekey in shared_preload_libraries; CALL rekey.reencrypt() does the same by hand.",
+        &WORKER,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+    for (name, short, long, setting) in [
+        (
+            c"rekey.databases",
+            c"Databases whose rows are re-encrypted in the background.",
+            c"A comma-separated list, or * for all.",
+            &DATABASES,
+        ),
+        (
+            c"rekey.lag_standbys",
+            c"Standbys whose replication lag counts.",
+            c"A comma-separated list of application_name, or * for all.",
+            &LAG_STANDBYS,
+        ),
+    ] {
+        let (context, flags) = (GucContext::Sighup, GucFlags::default());
+        GucRegistry::define_string_guc(name, short, long, setting, context, flags);
+    }
+    let plain = GucFlags::default();
+    let (ms, s) = (GucFlags::UNIT_MS, GucFlags::UNIT_S);
+    let (kb, mb) = (GucFlags::UNIT_KB, GucFlags::UNIT_MB);
+    let max = i32::MAX;
+    for (name, short, long, setting, low, high, flags) in [
+        (
+            c"rekey.max_workers",
+            c"Databases that are worked on at the same time.",
+            c"Each takes one of max_worker_processes.",
+            &MAX_WORKERS,
+            1,
+            64,
+            plain,
+        ),
+        (
+            c"rekey.batch_target",
+            c"Time that one batch takes.",
+            c"A writer may wait so long for a row of the batch.",
+            &BATCH_TARGET,
+            1,
+            10_000,
+            ms,
+        ),
+        (
+            c"rekey.max_wal_rate",
+            c"WAL that re-encryption writes in one second.",
+            c"0 is no limit.",
+            &MAX_WAL_RATE,
+            0,
+            max,
+            kb,
+        ),
+        (
+            c"rekey.max_replication_lag",
+            c"Replay lag of a standby at which re-encryption rests.",
+            c"0 is no limit.",
+            &MAX_REPLICATION_LAG,
+            0,
+            max,
+            ms,
+        ),
+        (
+            c"rekey.min_free_disk",
+            c"Free space of the data directory below which re-encryption rests.",
+            c"0 is no limit.",
+            &MIN_FREE_DISK,
+            0,
+            max,
+            mb,
+        ),
+        (
+            c"rekey.max_snapshot_age",
+            c"Age at which a proof gives up its snapshot, which holds back vacuum.",
+            c"0 is no limit.",
+            &MAX_SNAPSHOT_AGE,
+            0,
+            max,
+            s,
+        ),
+        (
+            c"rekey.max_rotations_per_hour",
+            c"Rotations by max_age in one hour.",
+            c"0 is none: keys are then rotated by hand only.",
+            &MAX_ROTATIONS_PER_HOUR,
+            0,
+            max,
+            plain,
+        ),
+        (
+            c"rekey.standby_query_delay",
+            c"How long queries on standbys without hot_standby_feedback may run.",
+            c"A slot is not disabled before so long after its proof; -1 waits for feedback for ever.",
+            &STANDBY_QUERY_DELAY,
+            -1,
+            max,
+            ms,
+        ),
+    ] {
+        let context = GucContext::Sighup;
+        GucRegistry::define_int_guc(name, short, long, setting, low, high, context, flags);
+    }
+    for (name, short, long, setting, low, high) in [
+        (
+            c"rekey.work_ratio",
+            c"Share of the time in which re-encryption works.",
+            c"1 is without pauses.",
+            &WORK_RATIO,
+            0.01,
+            1.0,
+        ),
+        (
+            c"rekey.max_dead_ratio",
+            c"Share of dead rows of a table at which re-encryption waits for vacuum.",
+            c"0 is no limit.",
+            &MAX_DEAD_RATIO,
+            0.0,
+            1.0,
+        ),
+    ] {
+        let (context, flags) = (GucContext::Sighup, GucFlags::default());
+        GucRegistry::define_float_guc(name, short, long, setting, low, high, context, flags);
+    }
+}
+
+fn above_zero(value: i32) -> Option<u64> {
+    u64::try_from(value).ok().filter(|value| *value > 0)
+}
+
+fn list(setting: &GucSetting<Option<CString>>) -> Option<Vec<String>> {
+    let value = setting.get()?.to_string_lossy().into_owned();
+    let names: Vec<String> = value
+        .split(',')
+        .map(|name| name.trim().trim_matches('"').to_string())
+        .filter(|name| !name.is_empty())
+        .collect();
+    (names != ["*"]).then_some(names)
+}
+
+/// Whether the background worker runs.
+pub fn worker() -> bool {
+    WORKER.get()
+}
+/// The databases that it visits; None for all.
+pub fn databases() -> Option<Vec<String>> {
+    list(&DATABASES)
+}
+/// How many databases are worked on at once.
+pub fn max_workers() -> usize {
+    usize::try_from(MAX_WORKERS.get()).unwrap_or(1)
+}
+/// Time of one batch.
+pub fn batch_target_ms() -> u64 {
+    u64::try_from(BATCH_TARGET.get()).unwrap_or(100)
+}
+/// Share of the time that is worked.
+pub fn work_ratio() -> f64 {
+    WORK_RATIO.get()
+}
+/// WAL per second; None for no limit.
+pub fn max_wal_rate_kb() -> Option<u64> {
+    above_zero(MAX_WAL_RATE.get())
+}
+/// Lag of a standby at which to rest; None for no limit.
+pub fn max_replication_lag_ms() -> Option<u64> {
+    above_zero(MAX_REPLICATION_LAG.get())
+}
+/// The standbys whose lag counts; None for all.
+pub fn lag_standbys() -> Option<Vec<String>> {
+    list(&LAG_STANDBYS)
+}
+/// Share of dead rows at which to wait for vacuum; None for no limit.
+pub fn max_dead_ratio() -> Option<f64> {
+    Some(MAX_DEAD_RATIO.get()).filter(|ratio| *ratio > 0.0)
+}
+/// Free space below which to rest; None for no limit.
+pub fn min_free_disk_mb() -> Option<u64> {
+    above_zero(MIN_FREE_DISK.get())
+}
+/// Age at which a proof gives up; None for no limit.
+pub fn max_snapshot_age() -> Option<std::time::Duration> {
+    above_zero(MAX_SNAPSHOT_AGE.get()).map(std::time::Duration::from_secs)
+}
+/// Rotations by age in one hour.
+pub fn max_rotations_per_hour() -> i64 {
+    i64::from(MAX_ROTATIONS_PER_HOUR.get())
+}
+/// How long queries on standbys without feedback may run; None: as long as they like.
+pub fn standby_query_delay_ms() -> Option<u64> {
+    u64::try_from(STANDBY_QUERY_DELAY.get()).ok()
 }

@@ -10,7 +10,9 @@
 //! | `cache` | what a session keeps ready: slots, subkeys, privileges |
 //! | `stale` | which envelopes are to be re-encrypted, by their header |
 //! | `standbys` | waiting until they have replayed what was committed |
+//! | `worker` | re-encryption of stale rows, and the proof that a slot is unused |
 //! | `typed` | values of any type as payloads, and back |
+//! | `registry` | registered columns as they stand now |
 //! | `root_key` | where root keys come from |
 //! | `catalog` | the only place that knows our tables |
 //! | `guc`, `error` | settings; the one table of errors |
@@ -25,10 +27,12 @@ mod error;
 mod ffi;
 mod guc;
 mod lifecycle;
+mod registry;
 mod root_key;
 mod stale;
 mod standbys;
 mod typed;
+mod worker;
 
 pgrx::pg_module_magic!(name, version);
 

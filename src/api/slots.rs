@@ -10,7 +10,8 @@ use crate::catalog::write;
 use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
 use crate::ffi::session;
-use crate::lifecycle;
+use crate::worker::drain;
+use crate::{lifecycle, registry};
 
 /// The slot of the first argument, which the caller may manage, its key locked.
 fn managed_slot(call: &Call) -> Result<SlotRow> {
@@ -66,6 +67,27 @@ fn not_proved(slot: &SlotRow) -> Error {
     )
 }
 
+/// Grace, quarantine, horizon and the second scan: 55000 says what stands in the way.
+fn prove_again(slot: &SlotRow, destroy: bool) -> Result<()> {
+    let (leaves, troubles) = registry::leaves()?;
+    let mut why = troubles
+        .first()
+        .map(|trouble| format!("{}: {}", trouble.table, trouble.what));
+    if why.is_none() {
+        why = drain::may_go(slot, &leaves, destroy)?;
+    }
+    match why {
+        None => Ok(()),
+        Some(why) => Err(Error::State(
+            format!("slot {} cannot go yet", slot.id),
+            format!("{}{}.", why[..1].to_uppercase(), &why[1..]),
+            "Try again later, or CALL rekey.reencrypt() for what is sealed under it; a superuser \
+             may pass force => true and lose what is left."
+                .to_string(),
+        )),
+    }
+}
+
 #[pg_extern(sql = false)]
 fn disable_slot(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
@@ -75,10 +97,12 @@ fn disable_slot(fcinfo: FunctionCallInfo) -> Reply {
         match slot.state {
             SlotState::Pending | SlotState::Active => return Err(in_service(&slot)),
             SlotState::Disabled | SlotState::Destroyed => return Err(repeated(&slot)),
-            SlotState::Previous | SlotState::Drained if !force => return Err(not_proved(&slot)),
-            SlotState::Previous | SlotState::Drained => {}
+            SlotState::Previous | SlotState::Drained if force => {}
+            SlotState::Previous => return Err(not_proved(&slot)),
+            SlotState::Drained => prove_again(&slot, false)?,
         }
-        write::transition(&slot, SlotState::Disabled, "disable_slot", "forced")?;
+        let reason = if force { "forced" } else { "" };
+        write::transition(&slot, SlotState::Disabled, "disable_slot", reason)?;
         Ok(Reply::void())
     })
 }
@@ -116,8 +140,9 @@ fn destroy_slot(fcinfo: FunctionCallInfo) -> Reply {
             SlotState::Active => return Err(in_service(&slot)),
             SlotState::Destroyed => return Err(repeated(&slot)),
             SlotState::Pending => {}
-            _ if !force => return Err(not_proved(&slot)),
-            _ => {}
+            _ if force => {}
+            SlotState::Drained | SlotState::Disabled if slot.proved => prove_again(&slot, true)?,
+            _ => return Err(not_proved(&slot)),
         }
         let reason = if force { "forced" } else { "" };
         write::transition(&slot, SlotState::Destroyed, "destroy_slot", reason)?;

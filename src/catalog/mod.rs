@@ -7,6 +7,7 @@
 
 pub mod guard;
 pub mod read;
+pub mod work;
 pub mod write;
 
 use std::cell::Cell;
@@ -32,6 +33,7 @@ pub struct Tables {
     key_grant: Oid,
     key_grant_pkey: Oid,
     barrier: Oid,
+    registered_column: Oid,
 }
 
 thread_local! {
@@ -60,6 +62,7 @@ pub fn tables() -> Result<Tables> {
         key_grant: find(c"key_grant")?,
         key_grant_pkey: find(c"key_grant_pkey")?,
         barrier: find(c"barrier")?,
+        registered_column: find(c"registered_column")?,
     };
     TABLES.set(Some(tables));
     hooks::watch([
@@ -69,6 +72,11 @@ pub fn tables() -> Result<Tables> {
         tables.key_grant,
     ]);
     Ok(tables)
+}
+
+/// The table of registered columns, whose OID also names the drainers' locks.
+pub fn registered_column() -> Result<Oid> {
+    Ok(tables()?.registered_column)
 }
 
 /// The empty table on which sealing transactions hold their lock.

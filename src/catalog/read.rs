@@ -180,6 +180,40 @@ pub fn root_keys() -> Result<Vec<RootRow>> {
     Ok(roots)
 }
 
+/// A row of rekey.registered_column.
+pub struct RegisteredRow {
+    /// Table.
+    pub table: pg_sys::Oid,
+    /// Name of the column when it was registered.
+    pub column: String,
+    /// Expression of the context; empty for none.
+    pub context: String,
+    /// Whether the table's triggers fire.
+    pub fire_triggers: bool,
+    /// Number of the column in `attnum_of`.
+    pub attnum: i16,
+    /// Table for which the number counts.
+    pub attnum_of: pg_sys::Oid,
+}
+
+/// All registered columns.
+pub fn registered_columns() -> Result<Vec<RegisteredRow>> {
+    let find = || tables().map(|t| (t.registered_column, pg_sys::InvalidOid));
+    let mut scan = Scan::open(find, &[], &[])?;
+    let mut columns = Vec::new();
+    while let Some(row) = scan.next_row() {
+        columns.push(RegisteredRow {
+            table: row.oid(1),
+            column: text::to_utf8_string(&row.bytes(2))?,
+            context: text::to_utf8_string(&row.bytes(3))?,
+            fire_triggers: row.bool(4),
+            attnum: i16::try_from(row.i64(5) & 0x7fff).unwrap_or(0),
+            attnum_of: row.oid(6),
+        });
+    }
+    Ok(columns)
+}
+
 /// How many slots of how many keys are not destroyed. Needs no index: it also answers in the
 /// middle of a DROP.
 pub fn living_slots() -> Result<(i64, i64)> {

@@ -343,3 +343,68 @@ pub fn insert_root_key(id: RootId, check: &[u8]) -> Result<()> {
     )
     .map(|_| ())
 }
+
+/// A column to be registered.
+pub struct Registration<'a> {
+    /// Table.
+    pub table: pg_sys::Oid,
+    /// Column.
+    pub column: &'a str,
+    /// Expression of the context; empty for none.
+    pub context: &'a str,
+    /// Whether the table's triggers fire.
+    pub fire_triggers: bool,
+    /// Number of the column in the table.
+    pub attnum: i16,
+    /// Who registers it.
+    pub by: &'a str,
+}
+
+/// Registers a column; false when it is registered already, under whatever earlier name.
+pub fn insert_registration(new: &Registration<'_>) -> Result<bool> {
+    let inserted = bigint(
+        "INSERT INTO rekey.registered_column \
+             (table_name, column_name, context, fire_triggers, attnum, attnum_of, registered_by) \
+         SELECT $1::oid::regclass, $2, $3, $4, $5::smallint, $1, $6 \
+          WHERE NOT EXISTS (SELECT FROM rekey.registered_column r \
+              WHERE r.table_name = $1::oid::regclass AND r.attnum_of = $1 AND r.attnum = $5) \
+         ON CONFLICT DO NOTHING RETURNING 1::bigint",
+        &[
+            Arg::Oid(new.table),
+            Arg::Text(new.column),
+            Arg::Text(new.context),
+            Arg::Bool(Some(new.fire_triggers)),
+            Arg::Bigint(i64::from(new.attnum)),
+            Arg::Text(new.by),
+        ],
+    )?;
+    Ok(inserted.is_some())
+}
+
+/// Ends the registration of a column, named as it is now or as it was registered.
+pub fn delete_registration(table: pg_sys::Oid, column: &str, attnum: i16) -> Result<bool> {
+    let deleted = run(
+        "DELETE FROM rekey.registered_column WHERE table_name = $1::oid::regclass \
+            AND (attnum_of = $1 AND attnum = $3 \
+                 OR column_name = $2 AND (attnum_of <> $1 OR $3 = 0))",
+        &[
+            Arg::Oid(table),
+            Arg::Text(column),
+            Arg::Bigint(i64::from(attnum)),
+        ],
+    )?;
+    Ok(deleted > 0)
+}
+
+/// Forgets the tables that the current command drops.
+pub fn forget_dropped_tables() -> Result<()> {
+    for table in ["registered_column", "progress_state", "quarantine", "pause"] {
+        let sql = format!(
+            "DELETE FROM rekey.{table} WHERE table_name::oid IN (SELECT objid \
+               FROM pg_catalog.pg_event_trigger_dropped_objects() \
+              WHERE classid = 'pg_catalog.pg_class'::regclass AND objsubid = 0)"
+        );
+        run(&sql, &[])?;
+    }
+    Ok(())
+}

@@ -59,6 +59,21 @@ impl Call {
         Ok(i64::from_ne_bytes((datum.value() as u64).to_ne_bytes()))
     }
 
+    /// An oid or regclass argument that must not be NULL.
+    pub fn required_oid(&self, i: usize, name: &'static str) -> Result<pg_sys::Oid> {
+        let datum = self.datum(i).ok_or(Error::NullArgument(name))?;
+        let oid = u32::try_from(datum.value() & 0xffff_ffff).unwrap_or(0);
+        Ok(pg_sys::Oid::from_u32(oid))
+    }
+
+    /// A name argument that must not be NULL, as UTF-8.
+    pub fn required_name(&self, i: usize, name: &'static str) -> Result<String> {
+        let datum = self.datum(i).ok_or(Error::NullArgument(name))?;
+        // SAFETY: the SQL declaration says name: a NUL-terminated string of at most 64 bytes.
+        let bytes = unsafe { std::ffi::CStr::from_ptr(datum.cast_mut_ptr()) }.to_bytes();
+        super::text::to_utf8_string(bytes)
+    }
+
     /// A boolean argument that must not be NULL.
     pub fn required_bool(&self, i: usize, name: &'static str) -> Result<bool> {
         Ok(self.datum(i).ok_or(Error::NullArgument(name))?.value() & 0xff != 0)

@@ -15,6 +15,7 @@ static SEALING_EPOCH: AtomicU64 = AtomicU64::new(1);
 static WATCHED: [AtomicU32; 4] = [const { AtomicU32::new(0) }; 4];
 static RESOLVED: AtomicBool = AtomicBool::new(false);
 static RESOLVING: AtomicBool = AtomicBool::new(false);
+static WAKE: AtomicBool = AtomicBool::new(false);
 static SECRET_STATEMENT: AtomicI64 = AtomicI64::new(0);
 
 /// Counts the changes of our catalog, of roles and of memberships that this process has heard
@@ -53,6 +54,11 @@ pub fn watching() -> bool {
 #[inline]
 pub fn keep_statement_out_of_log() {
     SECRET_STATEMENT.store(super::session::statement(), Relaxed);
+}
+
+/// Has the background worker look at this database once this transaction has committed.
+pub fn wake_on_commit() {
+    WAKE.store(true, Relaxed);
 }
 
 /// Registers everything. Called once, from `_PG_init`.

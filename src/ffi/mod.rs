@@ -8,13 +8,16 @@
 //! One rule holds throughout: nothing here keeps a borrow across a call that may raise.
 
 pub mod call;
+pub mod expression;
 pub mod hooks;
 pub mod locks;
+pub mod relation;
 pub mod scan;
 pub mod session;
 pub mod sql;
 pub mod subtransaction;
 pub mod table;
 pub mod text;
+pub mod timer;
 pub mod trigger;
 pub mod types;

@@ -169,6 +169,78 @@ impl Drop for ActAs {
     }
 }
 
+/// Acts as the owner of a users' table until dropped: what the owner's code (index expressions,
+/// constraints, triggers) can do, it could do anyway.
+///
+/// Triggers fire as on a replica unless `fire_triggers`. Nobody is waited for longer than
+/// `lock_timeout`. Settings go back when dropped, or when the transaction aborts.
+pub struct OwnerOf {
+    user: pg_sys::Oid,
+    context: c_int,
+    nest: c_int,
+}
+
+impl OwnerOf {
+    /// Switches to `owner`.
+    pub fn begin(owner: pg_sys::Oid, fire_triggers: bool) -> OwnerOf {
+        let mut user = pg_sys::InvalidOid;
+        let mut context = 0;
+        let role = if fire_triggers {
+            c"origin"
+        } else {
+            c"replica"
+        };
+        // SAFETY: as in `ActAs::owner`; the flags are those of vacuum_rel in
+        // src/backend/commands/vacuum.c. The settings are the extension's own, hence PGC_SUSET.
+        unsafe {
+            pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
+            let guard = OwnerOf {
+                user,
+                context,
+                nest: pg_sys::NewGUCNestLevel(),
+            };
+            for (name, value) in [
+                (c"session_replication_role", role),
+                (c"search_path", c"pg_catalog, pg_temp"),
+                (c"row_security", c"off"),
+                (c"lock_timeout", c"500ms"),
+                (c"jit", c"off"),
+            ] {
+                pg_sys::set_config_option(
+                    name.as_ptr(),
+                    value.as_ptr(),
+                    pg_sys::GucContext::PGC_SUSET,
+                    pg_sys::GucSource::PGC_S_SESSION,
+                    pg_sys::GucAction::GUC_ACTION_SAVE,
+                    true,
+                    0,
+                    false,
+                );
+            }
+            pg_sys::SetUserIdAndSecContext(
+                owner,
+                context
+                    | pg_sys::SECURITY_RESTRICTED_OPERATION as c_int
+                    | pg_sys::SECURITY_LOCAL_USERID_CHANGE as c_int
+                    | pg_sys::SECURITY_NOFORCE_RLS as c_int,
+            );
+            guard
+        }
+    }
+}
+
+impl Drop for OwnerOf {
+    fn drop(&mut self) {
+        // SAFETY: as in `ActAs`.
+        unsafe {
+            pg_sys::SetUserIdAndSecContext(self.user, self.context);
+            if !std::thread::panicking() {
+                pg_sys::AtEOXact_GUC(false, self.nest);
+            }
+        }
+    }
+}
+
 /// The owner of a table.
 pub fn table_owner(table: pg_sys::Oid) -> pg_sys::Oid {
     // SAFETY: our own table, open while its row is read.

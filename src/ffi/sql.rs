@@ -48,6 +48,8 @@ pub enum Arg<'a> {
     Oid(pg_sys::Oid),
     /// an interval datum of the caller's, or NULL
     Interval(Option<pg_sys::Datum>),
+    /// a timestamptz datum of the caller's, or NULL
+    Timestamp(Option<pg_sys::Datum>),
 }
 
 impl Arg<'_> {
@@ -60,6 +62,7 @@ impl Arg<'_> {
             Arg::OptionalText(v) => (v.map(super::text::text_datum).transpose()?, pg_sys::TEXTOID),
             Arg::Oid(v) => (Some(pg_sys::Datum::from(*v)), pg_sys::OIDOID),
             Arg::Interval(v) => (*v, pg_sys::INTERVALOID),
+            Arg::Timestamp(v) => (*v, pg_sys::TIMESTAMPTZOID),
         };
         Ok(match datum {
             // SAFETY: each datum was made for the type beside it.
@@ -93,6 +96,26 @@ pub fn text(sql: &str, args: &[Arg<'_>]) -> Result<Option<String>> {
         }
         let datum = table.first().get_datum_by_ordinal(1)?;
         Ok(datum.map(|d| String::from_utf8_lossy(super::text::detoasted(d)).into_owned()))
+    })
+}
+
+/// Runs one statement as the catalog's owner and returns its rows; every column must be text.
+pub fn rows(sql: &str, args: &[Arg<'_>]) -> Result<Vec<Vec<Option<String>>>> {
+    execute(sql, args, |table| {
+        let columns = table.columns()?;
+        let mut rows = Vec::new();
+        for row in table {
+            let mut cells = Vec::with_capacity(columns);
+            for column in 1..=columns {
+                let datum = row.get_datum_by_ordinal(column)?.value::<pgrx::AnyElement>()?;
+                cells.push(datum.map(|d| {
+                    let bytes = super::text::detoasted(d.datum());
+                    String::from_utf8_lossy(bytes).into_owned()
+                }));
+            }
+            rows.push(cells);
+        }
+        Ok(rows)
     })
 }
 

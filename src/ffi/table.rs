@@ -126,6 +126,21 @@ impl Table {
         }
     }
 
+    /// Whether its rows are in heap pages: plain tables and materialized views.
+    pub fn stores_heap(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*(*self.relation).rd_rel).relam == pg_sys::Oid::from(2) }
+    }
+
+    /// The name of a live column.
+    pub fn column_name(&self, attnum: i16) -> Option<String> {
+        // SAFETY: with missing_ok the function returns NULL for a column that is gone.
+        unsafe {
+            let name = pg_sys::get_attname((*self.relation).rd_id, attnum, true);
+            (!name.is_null()).then(|| super::text::c_string(name))
+        }
+    }
+
     /// Blocks of the main fork.
     pub fn blocks(&self) -> u32 {
         // SAFETY: open, with storage.

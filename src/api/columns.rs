@@ -1,0 +1,373 @@
+//! Registered columns and their re-encryption: register_column, unregister_column, reencrypt's
+//! steps, pause and resume, the quarantine, find_envelopes.
+
+use std::cell::RefCell;
+use std::time::Duration;
+
+use pgrx::pg_sys::{FunctionCallInfo, Oid};
+use pgrx::prelude::*;
+use pgrx::PgSqlErrorCode as Code;
+
+use crate::catalog::work;
+use crate::catalog::write::{self, Audit};
+use crate::error::{Error, Result};
+use crate::ffi::call::{Call, Reply, reply};
+use crate::ffi::expression::Expression;
+use crate::ffi::session::{self, OwnerOf};
+use crate::ffi::{hooks, relation, table, text};
+use crate::registry;
+use crate::worker::drain::{Drainer, Step};
+use crate::worker::elsewhere;
+
+fn object(code: Code, message: String, detail: &str, hint: &str) -> Error {
+    Error::Object(code, message, detail.to_string(), hint.to_string())
+}
+
+/// Refuses a caller who is not the table's owner.
+fn own(oid: Oid) -> Result<()> {
+    let user = session::current_user();
+    if !relation::exists(oid) {
+        return Err(object(
+            Code::ERRCODE_UNDEFINED_TABLE,
+            format!("table with OID {} does not exist", oid.to_u32()),
+            "It was dropped meanwhile.",
+            "Name the table that you mean.",
+        ));
+    }
+    if relation::is_owned_by(oid, user) {
+        return Ok(());
+    }
+    Err(Error::Privilege(
+        format!("must be owner of table {}", table::name(oid)?),
+        "What is registered is updated in the owner's name.".to_string(),
+        "Ask the table's owner or a superuser.".to_string(),
+    ))
+}
+
+fn audit(action: &str, detail: &str) -> Result<()> {
+    Audit {
+        action,
+        key: None,
+        slot: None,
+        from: None,
+        to: None,
+        detail,
+    }
+    .record()
+}
+
+/// An open relation with its lock; closed when dropped, the lock stays.
+struct Locked(pg_sys::Relation);
+
+impl Locked {
+    fn lock(oid: Oid) -> Result<Locked> {
+        let open = relation::lock(oid);
+        open.map(Locked).ok_or_else(|| {
+            object(
+                Code::ERRCODE_UNDEFINED_TABLE,
+                format!("table with OID {} does not exist", oid.to_u32()),
+                "It was dropped meanwhile.",
+                "Name the table that you mean.",
+            )
+        })
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            relation::close(self.0);
+        }
+    }
+}
+
+/// Checks one leaf, or the root of a partitioned table, and gives the column's number there.
+fn check(oid: Oid, column: &str, context: &str, fire_triggers: bool) -> Result<i16> {
+    let name = table::name(oid)?;
+    let locked = Locked::lock(oid)?;
+    if let Some((what, detail)) = relation::wrong_kind(locked.0) {
+        return Err(object(
+            Code::ERRCODE_WRONG_OBJECT_TYPE,
+            format!("{name} is {what}"),
+            detail,
+            "Register a column of a permanent heap table, or of a partitioned one.",
+        ));
+    }
+    let Some(attnum) = relation::column_number(oid, column) else {
+        return Err(object(
+            Code::ERRCODE_UNDEFINED_COLUMN,
+            format!("column \"{column}\" of {name} does not exist"),
+            "Columns are named as in the table, case-sensitive.",
+            "\\d shows the table's columns.",
+        ));
+    };
+    if !relation::is_bytea(oid, attnum) {
+        return Err(object(
+            Code::ERRCODE_DATATYPE_MISMATCH,
+            format!("column \"{column}\" of {name} is not of type bytea"),
+            "Envelopes are bytea.",
+            "Store what encrypt_col returns in a column of type bytea.",
+        ));
+    }
+    let mut sealed = vec![attnum];
+    let (leaves, _) = registry::leaves()?;
+    let others = leaves.iter().filter(|leaf| leaf.table == oid);
+    sealed.extend(others.flat_map(|leaf| leaf.columns.iter().map(|c| c.attnum)));
+    if let Some(why) = registry::column_refusal(oid, attnum)? {
+        return Err(object(
+            Code::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            format!("{name} {why}"),
+            "Re-encryption gives the same value other bytes.",
+            "Keep what must be unique, referenced or routed by in a column of its own.",
+        ));
+    }
+    if let Some((why, which)) = registry::refusal(locked.0, fire_triggers) {
+        return Err(object(
+            Code::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            format!("{name} {why}"),
+            &format!("It is \"{which}\"."),
+            "Re-encryption changes the column's bytes and nothing else; take away what depends on \
+             them.",
+        ));
+    }
+    if !context.is_empty() {
+        let _owner = OwnerOf::begin(relation::owner(locked.0), false);
+        Expression::prepare(locked.0, context, &sealed)?;
+    }
+    Ok(attnum)
+}
+
+#[pg_extern(sql = false)]
+fn register_column(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"register_column()");
+        let oid = call.required_oid(0, "table_name")?;
+        let column = call.required_name(1, "column_name")?;
+        let context = call.required_text(2, "context")?;
+        let fire_triggers = call.required_bool(3, "fire_triggers")?;
+        own(oid)?;
+        let attnum = check(oid, &column, &context, fire_triggers)?;
+        own(oid)?;
+        for leaf in relation::leaves(oid) {
+            if leaf != oid {
+                check(leaf, &column, &context, fire_triggers)?;
+            }
+        }
+        let name = table::name(oid)?;
+        let user = session::role_name(session::current_user());
+        let column_as = write::Registration {
+            table: oid,
+            column: &column,
+            context: &context,
+            fire_triggers,
+            attnum,
+            by: &user,
+        };
+        if !write::insert_registration(&column_as)? {
+            return Err(object(
+                Code::ERRCODE_DUPLICATE_OBJECT,
+                format!("column \"{column}\" of {name} is registered already"),
+                "A column is registered once.",
+                "To change its context: rekey.unregister_column(table_name, column_name) first.",
+            ));
+        }
+        audit("register_column", &format!("{name}.{column}"))?;
+        hooks::wake_on_commit();
+        Ok(Reply::void())
+    })
+}
+
+#[pg_extern(sql = false)]
+fn unregister_column(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"unregister_column()");
+        let oid = call.required_oid(0, "table_name")?;
+        let column = call.required_name(1, "column_name")?;
+        own(oid)?;
+        let name = table::name(oid)?;
+        let number = relation::column_number(oid, &column).unwrap_or(0);
+        if !write::delete_registration(oid, &column, number)? {
+            return Err(object(
+                Code::ERRCODE_UNDEFINED_OBJECT,
+                format!("column \"{column}\" of {name} is not registered"),
+                "rekey.columns shows what is.",
+                "Name a registered column.",
+            ));
+        }
+        audit("unregister_column", &format!("{name}.{column}"))?;
+        hooks::wake_on_commit();
+        Ok(Reply::void())
+    })
+}
+
+/// Event trigger on sql_drop: a later table must not inherit the registration of a dropped one by
+/// its OID.
+#[pg_extern(sql = false)]
+fn forget_dropped(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |_| {
+        write::forget_dropped_tables()?;
+        Ok(Reply::void())
+    })
+}
+
+thread_local! {
+    static FOREGROUND: RefCell<Option<Drainer>> = const { RefCell::new(None) };
+}
+
+/// Waits longer than this are not waited out by CALL reencrypt(): it says why and ends.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+#[pg_extern(sql = false)]
+fn reencrypt_step(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"reencrypt()");
+        let table = call.datum(0).map(|_| call.required_oid(0, "table_name"));
+        let table = table.transpose()?;
+        let first = call.required_bool(1, "first")?;
+        let user = session::current_user();
+        let (leaves, _) = registry::leaves()?;
+        let owns_all = leaves.iter().all(|leaf| relation::is_owned_by(leaf.table, user));
+        match table {
+            Some(oid) => own(oid)?,
+            None if owns_all => {}
+            None => {
+                return Err(Error::Privilege(
+                    "must be owner of every registered table".to_string(),
+                    "Without a table all of them are re-encrypted.".to_string(),
+                    "Name a table of yours: CALL rekey.reencrypt('table').".to_string(),
+                ));
+            }
+        }
+        if first {
+            FOREGROUND.replace(Some(Drainer::new(table, owns_all)));
+        }
+        let mut drainer = FOREGROUND
+            .take()
+            .unwrap_or_else(|| Drainer::new(table, owns_all));
+        let step = drainer.step()?;
+        FOREGROUND.replace(Some(drainer));
+        let (message, rewritten, finished) = match step {
+            Step::Worked(worked) => (worked.what, worked.rewritten, false),
+            Step::Wait(wait, why) if wait > PATIENCE || wait.is_zero() => (why, 0, true),
+            Step::Wait(wait, why) => {
+                let ms = wait.as_millis().clamp(1, 500);
+                session::sleep_ms(i64::try_from(ms).unwrap_or(500));
+                (why, 0, false)
+            }
+            Step::Idle(_) => (String::new(), 0, true),
+        };
+        Ok(call.record(&mut [
+            Some(text::text_datum(&message)?),
+            Some(pg_sys::Datum::from(rewritten)),
+            Some(pg_sys::Datum::from(finished)),
+        ]))
+    })
+}
+
+/// The table of a pause, or 0 for all.
+fn paused_table(call: &Call) -> Result<Oid> {
+    match call.datum(0) {
+        None => Ok(pg_sys::InvalidOid),
+        Some(_) => call.required_oid(0, "table_name"),
+    }
+}
+
+#[pg_extern(sql = false)]
+fn pause(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"pause()");
+        let table = paused_table(&call)?;
+        let reason = call.required_text(2, "reason")?;
+        let by = session::role_name(session::current_user());
+        work::pause(table, call.datum(1), &reason, &by)?;
+        audit("pause", &described(table, &reason)?)?;
+        Ok(Reply::void())
+    })
+}
+
+#[pg_extern(sql = false)]
+fn resume(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"resume()");
+        let table = paused_table(&call)?;
+        if !work::resume(table)? {
+            return Err(Error::State(
+                "nothing is paused there".to_string(),
+                "resume() ends what pause() began for the same table, or for all.".to_string(),
+                "rekey.progress shows what is paused.".to_string(),
+            ));
+        }
+        audit("resume", &described(table, "")?)?;
+        hooks::wake_on_commit();
+        Ok(Reply::void())
+    })
+}
+
+fn described(oid: Oid, reason: &str) -> Result<String> {
+    let what = if oid == pg_sys::InvalidOid {
+        "all tables".to_string()
+    } else {
+        table::name(oid)?
+    };
+    Ok(match reason {
+        "" => what,
+        reason => format!("{what}: {reason}"),
+    })
+}
+
+#[pg_extern(sql = false)]
+fn retry_quarantine(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |_| {
+        session::refuse_read_only(c"retry_quarantine()");
+        let count = work::retry_all(session::current_user())?;
+        hooks::wake_on_commit();
+        Ok(Reply::i64(count))
+    })
+}
+
+#[pg_extern(sql = false)]
+fn dismiss_quarantine(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"dismiss_quarantine()");
+        let id = call.required_i64(0, "quarantine_id")?;
+        let reason = call.required_text(1, "reason")?;
+        if reason.trim().is_empty() {
+            return Err(Error::Argument(
+                "a dismissal needs a reason".to_string(),
+                "The proof lists the row as an exception, with the reason.".to_string(),
+                "Say why the row's value is not needed.".to_string(),
+            ));
+        }
+        let Some(oid) = work::quarantined_table(id)? else {
+            return Err(object(
+                Code::ERRCODE_UNDEFINED_OBJECT,
+                format!("quarantine entry {id} does not exist"),
+                "It may have been resolved meanwhile.",
+                "rekey.errors shows the entries.",
+            ));
+        };
+        own(oid)?;
+        let by = session::role_name(session::current_user());
+        work::dismiss(id, &by, &reason)?;
+        audit("dismiss_quarantine", &format!("{id} in {}: {reason}", table::name(oid)?))?;
+        hooks::wake_on_commit();
+        Ok(Reply::void())
+    })
+}
+
+#[pg_extern(sql = false)]
+fn envelope_places(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |_| Reply::text(&elsewhere::as_json()?))
+}
+
+/// For views: whether the current user may see a table's re-encryption.
+#[pg_extern(sql = false)]
+fn table_visible(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let oid = call.required_oid(0, "table_name")?;
+        let user = session::current_user();
+        let visible = super::grants::monitors(user)
+            || relation::exists(oid) && relation::is_owned_by(oid, user);
+        Ok(Reply::bool(visible))
+    })
+}

@@ -1,0 +1,416 @@
+//! The worker's own records: how far each table's pass is, which rows failed, what is due.
+//!
+//! Called by src/worker/. A cursor moves in the transaction of its batch: a crash takes back both
+//! or neither.
+
+use pgrx::pg_sys::{Datum, Oid};
+use rekey_core::envelope::SlotId;
+
+use crate::error::{Error, Result};
+use crate::ffi::sql::{Arg, bigint, rows, run, text};
+use crate::ffi::table::Tid;
+
+/// A pass over one table.
+pub struct Pass {
+    /// File of the table for which the cursor counts.
+    pub file: Oid,
+    /// Rotations that it serves.
+    pub wave: String,
+    /// Next block.
+    pub cursor: u32,
+    /// Blocks still to visit, going round the end of the table.
+    pub left: u32,
+}
+
+fn number(cell: &Option<String>) -> i64 {
+    cell.as_deref().and_then(|c| c.parse().ok()).unwrap_or(0)
+}
+
+fn block(cell: &Option<String>) -> u32 {
+    u32::try_from(number(cell)).unwrap_or(0)
+}
+
+/// The pass over a table, if one was begun.
+pub fn pass(table: Oid) -> Result<Option<Pass>> {
+    let found = rows(
+        "SELECT file_node::text, wave, cursor_block::text, blocks_left::text \
+           FROM rekey.progress_state WHERE table_name = $1::oid::regclass",
+        &[Arg::Oid(table)],
+    )?;
+    Ok(found.first().map(|row| Pass {
+        file: Oid::from_u32(block(&row[0])),
+        wave: row[1].clone().unwrap_or_default(),
+        cursor: block(&row[2]),
+        left: block(&row[3]),
+    }))
+}
+
+/// Begins a pass over all blocks of a table, at `cursor`.
+pub fn begin_pass(table: Oid, pass: &Pass) -> Result<()> {
+    run(
+        "INSERT INTO rekey.progress_state AS p \
+             (table_name, file_node, wave, cursor_block, blocks_left, blocks_total) \
+         VALUES ($1::oid::regclass, $2, $3, $4, $5, $5) \
+         ON CONFLICT (table_name) DO UPDATE SET file_node = $2, wave = $3, cursor_block = $4, \
+             blocks_left = $5, blocks_total = $5, rows_scanned = 0, rows_rewritten = 0, \
+             rows_skipped = 0, phase = 'pass', note = '', started_at = clock_timestamp(), \
+             updated_at = clock_timestamp()",
+        &[
+            Arg::Oid(table),
+            Arg::Oid(pass.file),
+            Arg::Text(&pass.wave),
+            Arg::Bigint(i64::from(pass.cursor)),
+            Arg::Bigint(i64::from(pass.left)),
+        ],
+    )
+    .map(|_| ())
+}
+
+/// What one batch did.
+#[derive(Default)]
+pub struct Done {
+    /// Rows looked at.
+    pub scanned: i64,
+    /// Rows re-encrypted.
+    pub rewritten: i64,
+    /// Rows that somebody else had.
+    pub skipped: i64,
+}
+
+/// Moves the cursor behind a batch.
+pub fn advance(table: Oid, cursor: u32, left: u32, done: &Done) -> Result<()> {
+    run(
+        "UPDATE rekey.progress_state SET cursor_block = $2, blocks_left = $3, \
+             rows_scanned = rows_scanned + $4, rows_rewritten = rows_rewritten + $5, \
+             rows_skipped = rows_skipped + $6, phase = 'pass', note = '', \
+             updated_at = clock_timestamp() \
+         WHERE table_name = $1::oid::regclass",
+        &[
+            Arg::Oid(table),
+            Arg::Bigint(i64::from(cursor)),
+            Arg::Bigint(i64::from(left)),
+            Arg::Bigint(done.scanned),
+            Arg::Bigint(done.rewritten),
+            Arg::Bigint(done.skipped),
+        ],
+    )
+    .map(|_| ())
+}
+
+/// Says in which phase the tables are, and what they wait for; writes only what changes. Table 0
+/// is all of them.
+pub fn note(table: Oid, phase: &str, note: &str) -> Result<()> {
+    run(
+        "UPDATE rekey.progress_state SET phase = coalesce(nullif($2, ''), phase), note = $3 \
+         WHERE (table_name = $1::oid::regclass OR $1 = '0'::oid) \
+           AND (phase <> coalesce(nullif($2, ''), phase) OR note <> $3)",
+        &[Arg::Oid(table), Arg::Text(phase), Arg::Text(note)],
+    )
+    .map(|_| ())
+}
+
+/// Forgets tables that are gone or not registered any more.
+pub fn forget_others(tables: &[Oid]) -> Result<()> {
+    let list = tables.iter().map(|oid| oid.to_u32().to_string());
+    let list = format!("{{{}}}", list.collect::<Vec<_>>().join(","));
+    for table in ["progress_state", "quarantine"] {
+        let sql = format!(
+            "DELETE FROM rekey.{table} WHERE table_name::oid <> ALL ($1::oid[])"
+        );
+        run(&sql, &[Arg::Text(&list)])?;
+    }
+    Ok(())
+}
+
+/// Whether a table, or everything, is paused now; why.
+pub fn paused(table: Oid) -> Result<Option<String>> {
+    text(
+        "SELECT 'paused by ' || paused_by || CASE WHEN reason = '' THEN '' ELSE ': ' || reason END \
+           FROM rekey.pause \
+          WHERE (table_name = $1::oid::regclass OR table_name::oid = '0'::oid) \
+            AND paused_until > clock_timestamp() ORDER BY table_name::oid LIMIT 1",
+        &[Arg::Oid(table)],
+    )
+}
+
+/// Pauses a table, or with 0 all, until a timestamptz datum or for good.
+pub fn pause(table: Oid, until: Option<Datum>, reason: &str, by: &str) -> Result<()> {
+    run(
+        "INSERT INTO rekey.pause (table_name, paused_until, reason, paused_by) \
+         VALUES ($1::oid::regclass, coalesce($2, 'infinity'), $3, $4) \
+         ON CONFLICT (table_name) DO UPDATE SET paused_until = excluded.paused_until, \
+             reason = excluded.reason, paused_by = excluded.paused_by, \
+             paused_at = clock_timestamp()",
+        &[
+            Arg::Oid(table),
+            Arg::Timestamp(until),
+            Arg::Text(reason),
+            Arg::Text(by),
+        ],
+    )
+    .map(|_| ())
+}
+
+/// Ends a pause; false when there is none.
+pub fn resume(table: Oid) -> Result<bool> {
+    let sql = "DELETE FROM rekey.pause WHERE table_name = $1::oid::regclass";
+    Ok(run(sql, &[Arg::Oid(table)])? > 0)
+}
+
+/// Has the rows under quarantine in `user`'s tables tried again at once.
+pub fn retry_all(user: Oid) -> Result<i64> {
+    bigint(
+        "WITH tried AS (UPDATE rekey.quarantine q SET next_try = clock_timestamp() \
+           FROM pg_catalog.pg_class c \
+          WHERE c.oid = q.table_name::oid AND q.dismissed_at IS NULL \
+            AND pg_catalog.pg_has_role($1, c.relowner, 'USAGE') RETURNING 1) \
+         SELECT count(*) FROM tried",
+        &[Arg::Oid(user)],
+    )
+    .map(|count| count.unwrap_or(0))
+}
+
+/// The table of an entry that nobody has dismissed.
+pub fn quarantined_table(id: i64) -> Result<Option<Oid>> {
+    let sql = "SELECT table_name::oid::bigint FROM rekey.quarantine \
+                WHERE quarantine_id = $1 AND dismissed_at IS NULL";
+    let oid = bigint(sql, &[Arg::Bigint(id)])?;
+    Ok(oid.and_then(|oid| u32::try_from(oid).ok()).map(Oid::from_u32))
+}
+
+/// Decides to do without the value of a row.
+pub fn dismiss(id: i64, by: &str, reason: &str) -> Result<()> {
+    run(
+        "UPDATE rekey.quarantine SET dismissed_at = clock_timestamp(), dismissed_by = $2, \
+             reason = $3, next_try = NULL WHERE quarantine_id = $1",
+        &[Arg::Bigint(id), Arg::Text(by), Arg::Text(reason)],
+    )
+    .map(|_| ())
+}
+
+/// A row that could not be re-encrypted.
+pub struct Failure {
+    /// Where it lies.
+    pub tid: Tid,
+    /// Slot that its envelope names.
+    pub slot: Option<SlotId>,
+    /// Why.
+    pub sqlstate: String,
+}
+
+/// At most so many rows of one table are listed; those beyond block the proof all the same.
+const LISTED: i64 = 1000;
+
+/// Lists a failed row, or counts one more try of it.
+pub fn quarantine(table: Oid, failure: &Failure) -> Result<()> {
+    run(
+        "INSERT INTO rekey.quarantine AS q (table_name, row_ref, slot_id, sqlstate, next_try) \
+         SELECT $1::oid::regclass, $2::text::tid, NULLIF($3, 0), $4, \
+                clock_timestamp() + interval '1 minute' \
+          WHERE (SELECT count(*) FROM rekey.quarantine c \
+                  WHERE c.table_name = $1::oid::regclass) < $5 \
+             OR EXISTS (SELECT FROM rekey.quarantine c \
+                  WHERE c.table_name = $1::oid::regclass AND c.row_ref = $2::text::tid) \
+         ON CONFLICT (table_name, row_ref) DO UPDATE \
+            SET sqlstate = $4, slot_id = NULLIF($3, 0), tries = q.tries + 1, \
+                next_try = clock_timestamp() \
+                    + least(interval '1 minute' * power(2, q.tries), interval '1 day')",
+        &[
+            Arg::Oid(table),
+            Arg::Text(&failure.tid.to_string()),
+            Arg::Bigint(failure.slot.map_or(0, SlotId::as_i64)),
+            Arg::Text(&failure.sqlstate),
+            Arg::Bigint(LISTED),
+        ],
+    )
+    .map(|_| ())
+}
+
+/// Entries of a table whose next try has come.
+pub fn due(table: Oid) -> Result<Vec<Tid>> {
+    let found = rows(
+        "SELECT row_ref::text FROM rekey.quarantine \
+          WHERE table_name = $1::oid::regclass AND dismissed_at IS NULL \
+            AND next_try <= clock_timestamp() ORDER BY next_try LIMIT 1000",
+        &[Arg::Oid(table)],
+    )?;
+    Ok(tids(&found))
+}
+
+fn tids(found: &[Vec<Option<String>>]) -> Vec<Tid> {
+    let tid = |row: &Vec<Option<String>>| row[0].as_deref().and_then(Tid::parse);
+    found.iter().filter_map(tid).collect()
+}
+
+/// The row is well again, or gone.
+pub fn resolve(table: Oid, tid: Tid) -> Result<()> {
+    run(
+        "DELETE FROM rekey.quarantine WHERE table_name = $1::oid::regclass \
+            AND row_ref = $2::text::tid AND dismissed_at IS NULL",
+        &[Arg::Oid(table), Arg::Text(&tid.to_string())],
+    )
+    .map(|_| ())
+}
+
+/// The table has a new file: the places of its rows say nothing any more.
+pub fn forget_places(table: Oid) -> Result<()> {
+    let sql = "DELETE FROM rekey.quarantine WHERE table_name = $1::oid::regclass";
+    run(sql, &[Arg::Oid(table)]).map(|_| ())
+}
+
+/// Rows of a table whose value somebody has decided to do without.
+pub fn dismissed(table: Oid) -> Result<Vec<Tid>> {
+    let found = rows(
+        "SELECT row_ref::text FROM rekey.quarantine \
+          WHERE table_name = $1::oid::regclass AND dismissed_at IS NOT NULL",
+        &[Arg::Oid(table)],
+    )?;
+    Ok(tids(&found))
+}
+
+/// Whether a table has rows under quarantine that nobody has dismissed.
+pub fn quarantined(table: Oid) -> Result<i64> {
+    let sql = "SELECT count(*) FROM rekey.quarantine \
+                WHERE table_name = $1::oid::regclass AND dismissed_at IS NULL";
+    Ok(bigint(sql, &[Arg::Oid(table)])?.unwrap_or(0))
+}
+
+/// The dismissed rows as the proof lists them.
+pub fn exceptions() -> Result<String> {
+    let found = text(
+        "SELECT coalesce(jsonb_agg(jsonb_build_object('id', quarantine_id, \
+             'table', table_name::text, 'slot_id', slot_id, 'by', dismissed_by, \
+             'at', dismissed_at, 'reason', reason) ORDER BY quarantine_id), '[]')::text \
+           FROM rekey.quarantine WHERE dismissed_at IS NOT NULL",
+        &[],
+    )?;
+    Ok(found.unwrap_or_else(|| "[]".to_string()))
+}
+
+/// Keeps a proof beside its slot, which is drained in the same transaction.
+pub fn keep_proof(slot: SlotId, proof: &str) -> Result<()> {
+    let sql = "UPDATE rekey.key_slot SET proof = $2::text::jsonb WHERE slot_id = $1";
+    match run(sql, &[Arg::Bigint(slot.as_i64()), Arg::Text(proof)])? {
+        1 => Ok(()),
+        _ => Err(Error::Internal("a proved slot is gone".to_string())),
+    }
+}
+
+/// A proof as the catalog has it.
+pub struct Proof {
+    /// System identifier and database of the server that made it.
+    pub identity: (u64, u32),
+    /// Every transaction that could still copy a stale value is older than this one.
+    pub horizon: u64,
+    /// WAL position behind the proof.
+    pub lsn: String,
+}
+
+/// The proof of a slot, if it has one.
+pub fn proof(slot: SlotId) -> Result<Option<Proof>> {
+    let found = rows(
+        "SELECT proof->>'system_identifier', proof->>'database', proof->>'horizon', proof->>'lsn' \
+           FROM rekey.key_slot WHERE slot_id = $1 AND proof IS NOT NULL",
+        &[Arg::Bigint(slot.as_i64())],
+    )?;
+    let parse = |cell: &Option<String>| cell.as_deref().and_then(|c| c.parse().ok());
+    Ok(found.first().map(|row| Proof {
+        identity: (
+            parse(&row[0]).unwrap_or(0),
+            u32::try_from(parse(&row[1]).unwrap_or(0)).unwrap_or(0),
+        ),
+        horizon: parse(&row[2]).unwrap_or(u64::MAX),
+        lsn: row[3].clone().unwrap_or_default(),
+    }))
+}
+
+/// When a superseded slot's grace ends, in words; None when it is past.
+pub fn grace_left(slot: SlotId) -> Result<Option<String>> {
+    text(
+        "SELECT (s.superseded_at + k.grace)::text FROM rekey.key_slot s \
+           JOIN rekey.key k USING (key_name) \
+          WHERE s.slot_id = $1 AND s.superseded_at + k.grace > clock_timestamp()",
+        &[Arg::Bigint(slot.as_i64())],
+    )
+}
+
+/// Drained slots whose key says what follows, their grace past: slot and disable or destroy.
+pub fn after_drain() -> Result<Vec<(i64, String)>> {
+    let found = rows(
+        "SELECT s.slot_id::text, k.after_drain FROM rekey.key_slot s \
+           JOIN rekey.key k USING (key_name) \
+          WHERE s.state = 'drained' AND k.after_drain <> 'keep' \
+            AND s.superseded_at + k.grace <= clock_timestamp() ORDER BY s.superseded_at",
+        &[],
+    )?;
+    let action = |row: &Vec<Option<String>>| row[1].clone().unwrap_or_default();
+    Ok(found.iter().map(|row| (number(&row[0]), action(row))).collect())
+}
+
+/// The keys that have passed their longest life, less up to 5 % that differ from slot to slot, so
+/// that keys of one age do not rotate at once; and how many rotations by age the last hour saw.
+pub fn rotations_due() -> Result<(Vec<String>, i64)> {
+    let found = rows(
+        "SELECT k.key_name FROM rekey.key k JOIN rekey.key_slot s USING (key_name) \
+          WHERE s.state = 'active' AND k.max_age > '0'::interval AND k.shredded_at IS NULL \
+            AND s.activated_at + k.max_age * (1 - 0.05 * (s.slot_id % 1000) / 1000.0) \
+                <= clock_timestamp() \
+            AND NOT EXISTS (SELECT FROM rekey.key_slot p WHERE p.key_name = k.key_name \
+                 AND p.state = 'previous' AND p.superseded_at > s.activated_at) \
+          ORDER BY s.activated_at LIMIT 100",
+        &[],
+    )?;
+    let recent = bigint(
+        "SELECT count(*) FROM rekey.audit_log WHERE action = 'rotate_key' \
+            AND detail LIKE 'max_age%' AND at > clock_timestamp() - interval '1 hour'",
+        &[],
+    )?;
+    let name = |row: Vec<Option<String>>| row.into_iter().next().flatten();
+    Ok((
+        found.into_iter().filter_map(name).collect(),
+        recent.unwrap_or(0),
+    ))
+}
+
+/// When something next comes due in this database, in seconds from now: a rotation by age, the
+/// end of a grace, a retry, the end of a pause. None: never.
+pub fn next_due() -> Result<Option<i64>> {
+    bigint(
+        "SELECT ceil(greatest(extract(epoch FROM min(due) - clock_timestamp()), 0))::bigint FROM ( \
+            SELECT s.activated_at + k.max_age * (1 - 0.05 * (s.slot_id % 1000) / 1000.0) AS due \
+              FROM rekey.key k JOIN rekey.key_slot s USING (key_name) \
+             WHERE s.state = 'active' AND k.max_age > '0'::interval \
+            UNION ALL \
+            SELECT s.superseded_at + k.grace FROM rekey.key k JOIN rekey.key_slot s USING (key_name) \
+             WHERE s.state = 'drained' AND k.after_drain <> 'keep' \
+            UNION ALL \
+            SELECT next_try FROM rekey.quarantine WHERE dismissed_at IS NULL \
+            UNION ALL \
+            SELECT paused_until FROM rekey.pause WHERE paused_until < 'infinity') AS dues \
+          HAVING min(due) IS NOT NULL",
+        &[],
+    )
+}
+
+/// The sessions and prepared transactions behind virtual transactions, as people name them.
+pub fn name_holders(virtual_transactions: &[String], prepared: &[u32]) -> Result<String> {
+    let list = |items: Vec<String>| format!("{{{}}}", items.join(","));
+    let named = text(
+        "SELECT string_agg(DISTINCT who, ', ') FROM ( \
+            SELECT 'pid ' || pid AS who FROM pg_catalog.pg_locks \
+             WHERE locktype = 'virtualxid' AND virtualxid = ANY ($1::text[]) AND granted \
+            UNION ALL \
+            SELECT 'prepared transaction ' || quote_literal(gid) \
+              FROM pg_catalog.pg_prepared_xacts \
+             WHERE transaction::text = ANY ($2::text[]) \
+                OR database = current_database() AND EXISTS (SELECT FROM pg_catalog.pg_locks l \
+                   JOIN pg_catalog.pg_locks b ON b.virtualtransaction = l.virtualtransaction \
+                  WHERE l.locktype = 'transactionid' AND l.transactionid = transaction \
+                    AND b.relation = 'rekey.barrier'::regclass AND b.pid IS NULL)) AS holders",
+        &[
+            Arg::Text(&list(virtual_transactions.to_vec())),
+            Arg::Text(&list(prepared.iter().map(u32::to_string).collect())),
+        ],
+    )?;
+    Ok(named.unwrap_or_else(|| "a transaction that is about to end".to_string()))
+}

@@ -1,0 +1,175 @@
+//! One expression over a row: the context of a registered column.
+//!
+//! Called by the registration and by src/worker/. Parsed as an index expression is, so that
+//! subqueries, aggregates and set-returning functions are refused by the parser itself, planned,
+//! and refused unless everything in it is IMMUTABLE. The caller has pinned the search path and
+//! acts as the table's owner: the expression is the owner's code.
+
+use pgrx::pg_sys;
+
+use crate::error::{Error, Result};
+
+/// A prepared expression, of type text; lives as long as the memory context it was made in.
+pub struct Expression {
+    state: *mut pg_sys::ExprState,
+    context: *mut pg_sys::ExprContext,
+}
+
+fn refused(detail: &str, hint: &str) -> Error {
+    Error::Argument(
+        "the context is not a usable expression".to_string(),
+        detail.to_string(),
+        hint.to_string(),
+    )
+}
+
+const EXAMPLE: &str = "Give one expression over columns of the row, for example \
+     rekey.context('customer.email', id::text).";
+
+impl Expression {
+    /// Parses and plans `text` over the columns of `relation`.
+    pub fn prepare(relation: pg_sys::Relation, text: &str, sealed: &[i16]) -> Result<Expression> {
+        let server = super::text::to_server(text.as_bytes())?.into_owned();
+        let source = std::ffi::CString::new(server).map_err(|_| refused("It has a NUL.", EXAMPLE))?;
+        // SAFETY: the steps of ComputeIndexAttrs and index_create for an expression; nodes live in
+        // the current memory context, the relation is open and locked.
+        unsafe {
+            let target = single_target(&source)?;
+            let state = pg_sys::make_parsestate(std::ptr::null_mut());
+            (*state).p_sourcetext = source.as_ptr();
+            let item = pg_sys::addRangeTableEntryForRelation(
+                state,
+                relation,
+                pg_sys::AccessShareLock as i32,
+                std::ptr::null_mut(),
+                false,
+                true,
+            );
+            pg_sys::addNSItemToQuery(state, item, true, true, true);
+            let kind = pg_sys::ParseExprKind::EXPR_KIND_INDEX_EXPRESSION;
+            let raw = pg_sys::transformExpr(state, target, kind);
+            let node = pg_sys::coerce_to_target_type(
+                state,
+                raw,
+                pg_sys::exprType(raw),
+                pg_sys::TEXTOID,
+                -1,
+                pg_sys::CoercionContext::COERCION_ASSIGNMENT,
+                pg_sys::CoercionForm::COERCE_IMPLICIT_CAST,
+                -1,
+            );
+            if node.is_null() {
+                return Err(refused("Its type cannot become text.", EXAMPLE));
+            }
+            pg_sys::assign_expr_collations(state, node);
+            pg_sys::free_parsestate(state);
+            let planned = pg_sys::expression_planner(node.cast());
+            if pg_sys::contain_mutable_functions(planned.cast()) {
+                return Err(refused(
+                    "Not all of it is IMMUTABLE: the same row could give another context later.",
+                    "Convert what is not text by itself: rekey.context('x', id::text) instead of \
+                     'x' || id.",
+                ));
+            }
+            let mut used: *mut pg_sys::Bitmapset = std::ptr::null_mut();
+            pg_sys::pull_varattnos(planned.cast(), 1, &mut used);
+            let low = pg_sys::FirstLowInvalidHeapAttributeNumber;
+            if sealed
+                .iter()
+                .any(|column| pg_sys::bms_is_member(i32::from(*column) - low, used))
+            {
+                return Err(refused(
+                    "It uses a sealed column, which changes with each re-encryption.",
+                    EXAMPLE,
+                ));
+            }
+            if (low..=0).any(|system| pg_sys::bms_is_member(system - low, used)) {
+                return Err(refused(
+                    "It uses a system column or the whole row, which change with each update.",
+                    EXAMPLE,
+                ));
+            }
+            Ok(Expression {
+                state: pg_sys::ExecInitExpr(planned, std::ptr::null_mut()),
+                context: pg_sys::CreateStandaloneExprContext(),
+            })
+        }
+    }
+
+    /// The value for the row in `slot`, in UTF-8; None for NULL. Raises what the expression raises.
+    pub fn evaluate(&self, slot: *mut pg_sys::TupleTableSlot) -> Result<Option<Vec<u8>>> {
+        // SAFETY: the slot holds a row of the relation that the expression was prepared for. The
+        // evaluation function is called as ExecEvalExpr does, under pgrx's guard.
+        unsafe {
+            pg_sys::MemoryContextReset((*self.context).ecxt_per_tuple_memory);
+            (*self.context).ecxt_scantuple = slot;
+            let previous = pg_sys::CurrentMemoryContext;
+            pg_sys::CurrentMemoryContext = (*self.context).ecxt_per_tuple_memory;
+            let mut null = false;
+            let datum = match (*self.state).evalfunc {
+                Some(evaluate) => pg_sys::ffi::pg_guard_ffi_boundary(|| {
+                    evaluate(self.state, self.context, &mut null)
+                }),
+                None => return Err(Error::Internal("an expression is not ready".to_string())),
+            };
+            let value = if null {
+                None
+            } else {
+                Some(super::text::to_utf8(super::text::detoasted(datum))?.into_owned())
+            };
+            pg_sys::CurrentMemoryContext = previous;
+            Ok(value)
+        }
+    }
+}
+
+/// The one plain expression that the text consists of.
+///
+/// # Safety
+/// In a transaction.
+unsafe fn single_target(source: &std::ffi::CStr) -> Result<*mut pg_sys::Node> {
+    let plain = || refused("It is more than one plain expression.", EXAMPLE);
+    // SAFETY: the grammar of RAW_PARSE_PLPGSQL_EXPR gives a list of one RawStmt with a SelectStmt.
+    unsafe {
+        let list = pg_sys::raw_parser(
+            source.as_ptr(),
+            pg_sys::RawParseMode::RAW_PARSE_PLPGSQL_EXPR,
+        );
+        let statements = pgrx::PgList::<pg_sys::RawStmt>::from_pg(list);
+        let (1, Some(statement)) = (statements.len(), statements.get_ptr(0)) else {
+            return Err(plain());
+        };
+        let select: *mut pg_sys::SelectStmt = (*statement).stmt.cast();
+        if (*select).type_ != pg_sys::NodeTag::T_SelectStmt {
+            return Err(plain());
+        }
+        let lists = [
+            (*select).distinctClause,
+            (*select).fromClause,
+            (*select).groupClause,
+            (*select).windowClause,
+            (*select).valuesLists,
+            (*select).sortClause,
+            (*select).lockingClause,
+        ];
+        let nodes = [
+            (*select).whereClause,
+            (*select).havingClause,
+            (*select).limitOffset,
+            (*select).limitCount,
+        ];
+        if lists.iter().any(|list| !list.is_null())
+            || nodes.iter().any(|node| !node.is_null())
+            || !(*select).intoClause.is_null()
+            || !(*select).withClause.is_null()
+            || (*select).op != pg_sys::SetOperation::SETOP_NONE
+        {
+            return Err(plain());
+        }
+        let targets = pgrx::PgList::<pg_sys::ResTarget>::from_pg((*select).targetList);
+        match (targets.len(), targets.get_ptr(0)) {
+            (1, Some(target)) if (*target).name.is_null() => Ok((*target).val),
+            _ => Err(plain()),
+        }
+    }
+}

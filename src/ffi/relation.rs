@@ -1,0 +1,230 @@
+//! What the system catalogs say of a relation: its columns, leaves, and what stands in the way of
+//! updating rows in its owner's place.
+//!
+//! Called by src/registry.rs and the registration. Syscache look-ups and the relation cache only.
+
+use std::ffi::{CString, c_char};
+
+use pgrx::pg_sys::{self, Oid};
+
+unsafe extern "C-unwind" {
+    // src/include/catalog/pg_inherits.h
+    fn find_all_inheritors(
+        parent: Oid,
+        lockmode: pg_sys::LOCKMODE,
+        numparents: *mut *mut pg_sys::List,
+    ) -> *mut pg_sys::List;
+}
+
+/// Whether there is such a relation.
+pub fn exists(relation: Oid) -> bool {
+    kind(relation) != 0
+}
+
+/// pg_class.relkind; 0 when there is no such relation.
+pub fn kind(relation: Oid) -> u8 {
+    // SAFETY: a syscache look-up that answers '\0' for a missing relation.
+    unsafe { pg_sys::get_rel_relkind(relation) }.to_ne_bytes()[0]
+}
+
+/// The name of a live column.
+pub fn column_name(relation: Oid, attnum: i16) -> Option<String> {
+    // SAFETY: with missing_ok the function returns NULL; a dropped column is missing.
+    unsafe {
+        let name = pg_sys::get_attname(relation, attnum, true);
+        (!name.is_null()).then(|| super::text::c_string(name))
+    }
+}
+
+/// The number of the live user column of that name.
+pub fn column_number(relation: Oid, name: &str) -> Option<i16> {
+    let server = super::text::to_server(name.as_bytes()).ok()?.into_owned();
+    let name = CString::new(server).ok()?;
+    // SAFETY: a syscache look-up that answers 0 for a missing column.
+    let number = unsafe { pg_sys::get_attnum(relation, name.as_ptr()) };
+    (number > 0).then_some(number)
+}
+
+/// Whether a column is bytea, or a domain over it.
+pub fn is_bytea(relation: Oid, attnum: i16) -> bool {
+    // SAFETY: syscache look-ups; 0 has no base type but itself.
+    unsafe {
+        let type_oid = pg_sys::get_atttype(relation, attnum);
+        type_oid != pg_sys::InvalidOid && pg_sys::getBaseType(type_oid) == pg_sys::BYTEAOID
+    }
+}
+
+/// The tables that store the rows: the table itself, or the leaves of a partitioned one.
+pub fn leaves(relation: Oid) -> Vec<Oid> {
+    match kind(relation) {
+        b'r' => vec![relation],
+        b'p' => {
+            // SAFETY: reads pg_inherits; the list holds OIDs and lives in the current context.
+            let all: Vec<Oid> = unsafe {
+                let list =
+                    find_all_inheritors(relation, pg_sys::NoLock as i32, std::ptr::null_mut());
+                pgrx::PgList::<Oid>::from_pg(list).iter_oid().collect()
+            };
+            all.into_iter().filter(|oid| kind(*oid) == b'r').collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// Whether `user` may act as the table's owner.
+pub fn is_owned_by(relation: Oid, user: Oid) -> bool {
+    // SAFETY: syscache look-ups.
+    unsafe {
+        #[cfg(feature = "pg15")]
+        return pg_sys::pg_class_ownercheck(relation, user);
+        #[cfg(any(feature = "pg16", feature = "pg18"))]
+        return pg_sys::object_ownercheck(Oid::from(1259), relation, user);
+    }
+}
+
+/// Locks a relation against DDL that would change what the registration relies on, waiting for it.
+/// ShareUpdateExclusiveLock: conflicts with ALTER TABLE and with itself, not with readers and
+/// writers. Held to the end of the transaction. None when it is gone.
+pub fn lock(relation: Oid) -> Option<pg_sys::Relation> {
+    // SAFETY: try_relation_open answers NULL for a missing one; the caller closes it.
+    let open =
+        unsafe { pg_sys::try_relation_open(relation, pg_sys::ShareUpdateExclusiveLock as i32) };
+    (!open.is_null()).then_some(open)
+}
+
+/// The owner of an open relation.
+pub fn owner(relation: pg_sys::Relation) -> Oid {
+    // SAFETY: open by `lock`.
+    unsafe { (*(*relation).rd_rel).relowner }
+}
+
+/// Closes a relation and keeps its lock.
+pub fn close(relation: pg_sys::Relation) {
+    // SAFETY: opened by `lock`.
+    unsafe { pg_sys::relation_close(relation, pg_sys::NoLock as i32) }
+}
+
+/// Why a relation is no table that the worker could serve: reason and detail.
+pub fn wrong_kind(relation: pg_sys::Relation) -> Option<(&'static str, &'static str)> {
+    // SAFETY: open; rd_rel is set.
+    let form = unsafe { &*(*relation).rd_rel };
+    let found = match form.relkind.to_ne_bytes()[0] {
+        b'r' | b'p' => None,
+        b'v' => Some(("a view", "It stores no rows; register the table beneath it.")),
+        b'm' => Some((
+            "a materialized view",
+            "Its rows are copies; refresh it after the tables beneath it are drained.",
+        )),
+        b'f' => Some((
+            "a foreign table",
+            "Its rows are on another server; register the table there.",
+        )),
+        _ => Some(("no table", "Only tables hold columns to re-encrypt.")),
+    };
+    if found.is_some() {
+        return found;
+    }
+    if form.relpersistence.to_ne_bytes()[0] == b't' {
+        return Some((
+            "a temporary table",
+            "No other session, hence no worker, can read it.",
+        ));
+    }
+    // SAFETY: syscache look-ups.
+    let system = unsafe {
+        pg_sys::IsCatalogRelation(relation)
+            || pg_sys::IsToastRelation(relation)
+            || super::scan::belongs_to_us(unsafe_id(relation))
+            || namespace(form.relnamespace).is_some_and(|n| n == "information_schema")
+    };
+    if system {
+        return Some(("a system table", "It belongs to PostgreSQL or to this extension."));
+    }
+    if form.relkind.to_ne_bytes()[0] == b'r' && form.relam != Oid::from(2) {
+        return Some((
+            "a table with another access method than heap",
+            "Rows are found and updated by block, which is what heap tables have.",
+        ));
+    }
+    None
+}
+
+fn unsafe_id(relation: pg_sys::Relation) -> Oid {
+    // SAFETY: open.
+    unsafe { (*relation).rd_id }
+}
+
+fn namespace(oid: Oid) -> Option<String> {
+    // SAFETY: answers NULL for a missing one.
+    unsafe {
+        let name = pg_sys::get_namespace_name(oid);
+        (!name.is_null()).then(|| super::text::c_string(name))
+    }
+}
+
+/// Why rows of an open table cannot be updated in its owner's place, if so: reason and name.
+/// Reads the relation cache only.
+pub fn refusal(
+    relation: pg_sys::Relation,
+    fire_triggers: bool,
+) -> Option<(&'static str, String)> {
+    trigger_refusal(relation, fire_triggers).or_else(|| rule_refusal(relation, fire_triggers))
+}
+
+fn fires(enabled: c_char, fire_triggers: bool) -> bool {
+    match enabled.to_ne_bytes()[0] {
+        b'A' => true,
+        b'R' => !fire_triggers,
+        b'O' => fire_triggers,
+        _ => false,
+    }
+}
+
+fn trigger_refusal(
+    relation: pg_sys::Relation,
+    fire_triggers: bool,
+) -> Option<(&'static str, String)> {
+    // SAFETY: the trigger descriptor, if there is one, lives while the relation is open.
+    unsafe {
+        let desc = (*relation).trigdesc;
+        if desc.is_null() {
+            return None;
+        }
+        let count = usize::try_from((*desc).numtriggers).unwrap_or(0);
+        let triggers = std::slice::from_raw_parts((*desc).triggers, count);
+        let deferred = triggers.iter().find(|trigger| {
+            trigger.tginitdeferred
+                && fires(trigger.tgenabled, fire_triggers)
+                && u32::from(trigger.tgtype.unsigned_abs()) & pg_sys::TRIGGER_TYPE_UPDATE != 0
+        });
+        deferred.map(|trigger| {
+            (
+                "has a trigger that is INITIALLY DEFERRED",
+                super::text::c_string(trigger.tgname),
+            )
+        })
+    }
+}
+
+fn rule_refusal(
+    relation: pg_sys::Relation,
+    fire_triggers: bool,
+) -> Option<(&'static str, String)> {
+    // SAFETY: as above for the rules.
+    unsafe {
+        let rules = (*relation).rd_rules;
+        if rules.is_null() {
+            return None;
+        }
+        let count = usize::try_from((*rules).numLocks).unwrap_or(0);
+        let rules = std::slice::from_raw_parts((*rules).rules, count);
+        let update = pg_sys::CmdType::CMD_UPDATE;
+        for &rule in rules {
+            if (*rule).event == update && fires((*rule).enabled, fire_triggers) {
+                let which = format!("rule {}", (*rule).ruleId.to_u32());
+                return Some(("has a rule on UPDATE that would fire", which));
+            }
+        }
+        None
+    }
+}

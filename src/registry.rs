@@ -1,0 +1,133 @@
+//! Registered columns as they stand now: which tables hold envelopes, under which numbers.
+//!
+//! Called by the worker, the proof and the registration itself. Columns are registered by name and
+//! found by number as long as it is the same table, so that a rename is followed; after a dump and
+//! restore the table has another OID, and the name counts. Partitioned tables are resolved to their
+//! leaves each time: partitions that are attached later are in.
+
+use pgrx::pg_sys::{self, Oid};
+
+use crate::catalog::read;
+use crate::error::Result;
+use crate::ffi::relation;
+
+/// A table that stores rows, with its registered columns.
+pub struct Leaf {
+    /// The table.
+    pub table: Oid,
+    /// Its columns, by number.
+    pub columns: Vec<LeafColumn>,
+    /// Whether its triggers fire when the worker updates a row.
+    pub fire_triggers: bool,
+}
+
+/// A registered column of a leaf.
+pub struct LeafColumn {
+    /// Number in the leaf.
+    pub attnum: i16,
+    /// Present name.
+    pub name: String,
+    /// Expression of the context; empty for none.
+    pub context: String,
+}
+
+/// A registration that cannot be served now: it stands in the way of every proof.
+pub struct Trouble {
+    /// Table, as people write it.
+    pub table: String,
+    /// What is wrong.
+    pub what: String,
+}
+
+/// The present number of a registered column in its own table; None when it is gone.
+pub fn attnum(row: &read::RegisteredRow) -> Option<i16> {
+    if row.attnum_of == row.table {
+        return relation::column_name(row.table, row.attnum).map(|_| row.attnum);
+    }
+    relation::column_number(row.table, &row.column)
+}
+
+/// Every leaf with its columns, and what cannot be served.
+pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
+    let mut leaves: Vec<Leaf> = Vec::new();
+    let mut troubles = Vec::new();
+    for row in read::registered_columns()? {
+        if !relation::exists(row.table) {
+            continue; // dropped in a session that has not loaded the library
+        }
+        let root_name = attnum(&row).and_then(|number| relation::column_name(row.table, number));
+        let Some(name) = root_name else {
+            troubles.push(Trouble {
+                table: crate::ffi::table::name(row.table)?,
+                what: format!("column \"{}\" is gone", row.column),
+            });
+            continue;
+        };
+        for table in relation::leaves(row.table) {
+            let number = relation::column_number(table, &name);
+            let Some(attnum) = number.filter(|n| relation::is_bytea(table, *n)) else {
+                troubles.push(Trouble {
+                    table: crate::ffi::table::name(table)?,
+                    what: format!("column \"{name}\" is not of type bytea"),
+                });
+                continue;
+            };
+            let column = LeafColumn {
+                attnum,
+                name: name.clone(),
+                context: row.context.clone(),
+            };
+            match leaves.iter_mut().find(|leaf| leaf.table == table) {
+                Some(leaf) if leaf.columns.iter().any(|c| c.attnum == attnum) => {}
+                Some(leaf) => {
+                    leaf.columns.push(column);
+                    leaf.fire_triggers |= row.fire_triggers;
+                }
+                None => leaves.push(Leaf {
+                    table,
+                    columns: vec![column],
+                    fire_triggers: row.fire_triggers,
+                }),
+            }
+        }
+    }
+    for leaf in &mut leaves {
+        leaf.columns.sort_by_key(|column| column.attnum);
+    }
+    leaves.sort_by_key(|leaf| leaf.table.to_u32());
+    Ok((leaves, troubles))
+}
+
+/// Why a table cannot be re-encrypted safely, if so: asked at registration and again before each
+/// batch, since its owner may have changed it. `relation` is open.
+pub fn refusal(
+    relation: pg_sys::Relation,
+    fire_triggers: bool,
+) -> Option<(&'static str, String)> {
+    relation::refusal(relation, fire_triggers)
+}
+
+/// Why a column cannot change its bytes freely, if so.
+pub fn column_refusal(table: Oid, attnum: i16) -> Result<Option<String>> {
+    use crate::ffi::sql::{Arg, text};
+    text(
+        "SELECT coalesce( \
+           (SELECT 'has the column in constraint ' || quote_ident(conname) \
+              FROM pg_catalog.pg_constraint \
+             WHERE contype IN ('p', 'u', 'f', 'x') AND (conrelid = $1 AND $2 = ANY (conkey) \
+                OR confrelid = $1 AND $2 = ANY (confkey)) LIMIT 1), \
+           (SELECT 'has the column in unique index ' || indexrelid::regclass::text \
+              FROM pg_catalog.pg_index \
+             WHERE indrelid = $1 AND indisunique AND $2 = ANY (indkey::smallint[]) LIMIT 1), \
+           (SELECT 'has the column in the partition key of ' || partrelid::regclass::text \
+              FROM pg_catalog.pg_partitioned_table p \
+              JOIN pg_catalog.pg_attribute a ON a.attrelid = partrelid \
+               AND a.attnum = ANY (partattrs::smallint[]) \
+             WHERE partrelid IN (SELECT relid::oid FROM pg_catalog.pg_partition_ancestors($1)) \
+               AND a.attname = (SELECT attname FROM pg_catalog.pg_attribute \
+                     WHERE attrelid = $1 AND attnum = $2) LIMIT 1), \
+           (SELECT 'computes the column: it is generated' FROM pg_catalog.pg_attribute \
+             WHERE attrelid = $1 AND attnum = $2 AND attgenerated <> ''))",
+        &[Arg::Oid(table), Arg::Bigint(i64::from(attnum))],
+    )
+}

@@ -1,0 +1,248 @@
+//! What the worker does next, from facts and a clock: how large a batch, how long a rest.
+//!
+//! Called by src/worker/. Pure: no server, no clock of its own.
+
+/// Blocks of a batch, learnt from how long the last one took.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchSize(u32);
+
+/// 128 MB of 8 kB blocks: what one batch looks at, at most.
+pub const MAX_BLOCKS: u32 = 16_384;
+
+impl BatchSize {
+    /// A first, small batch.
+    #[must_use]
+    pub fn new() -> BatchSize {
+        BatchSize(16)
+    }
+
+    /// Blocks of the next batch.
+    #[must_use]
+    pub fn blocks(self) -> u32 {
+        self.0
+    }
+
+    /// Learns from a batch of `blocks()` that took `took_ms`: at most twice as large the next time,
+    /// and smaller at once.
+    pub fn learn(&mut self, took_ms: u64, target_ms: u64) {
+        let fitting = u64::from(self.0) * target_ms.max(1) / took_ms.max(1);
+        let next = fitting.min(u64::from(self.0) * 2);
+        self.0 = u32::try_from(next).unwrap_or(MAX_BLOCKS).clamp(1, MAX_BLOCKS);
+    }
+}
+
+impl Default for BatchSize {
+    fn default() -> Self {
+        BatchSize::new()
+    }
+}
+
+/// Rest after `tries` failures in a row, in ms: 1 s, doubling up to one hour, with up to a quarter
+/// taken off by `seed`, so that what failed together is not tried again together.
+#[must_use]
+pub fn backoff_ms(tries: u32, seed: u64) -> u64 {
+    let full = 1000u64 << tries.saturating_sub(1).min(12);
+    let full = full.min(3_600_000);
+    let spread = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+    full - full / 4 * spread / (1 << 32)
+}
+
+/// Why the worker rests between batches.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Brake {
+    /// rekey.work_ratio
+    WorkRatio,
+    /// rekey.max_wal_rate
+    WalRate,
+    /// rekey.max_replication_lag
+    ReplicationLag,
+    /// rekey.max_dead_ratio
+    DeadRows,
+    /// rekey.min_free_disk
+    FreeDisk,
+    /// pg_stat_archiver reports a failure that no success followed.
+    Archiver,
+    /// A replication slot loses WAL that it needs.
+    ReplicationSlot,
+}
+
+impl Brake {
+    /// In words, for the progress view.
+    #[must_use]
+    pub fn words(self) -> &'static str {
+        match self {
+            Brake::WorkRatio => "rekey.work_ratio",
+            Brake::WalRate => "rekey.max_wal_rate",
+            Brake::ReplicationLag => "a standby lags (rekey.max_replication_lag)",
+            Brake::DeadRows => "the table waits for vacuum (rekey.max_dead_ratio)",
+            Brake::FreeDisk => "the disk is nearly full (rekey.min_free_disk)",
+            Brake::Archiver => "WAL archiving fails",
+            Brake::ReplicationSlot => "a replication slot is losing WAL",
+        }
+    }
+}
+
+/// What is known after a batch.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Facts {
+    /// Time that the batch took.
+    pub worked_ms: u64,
+    /// WAL that it wrote, in bytes.
+    pub wal_bytes: u64,
+    /// Largest replay lag of a standby that counts, in ms.
+    pub lag_ms: u64,
+    /// Share of dead rows of the table.
+    pub dead_ratio: f64,
+    /// Free space of the data directory, in MB.
+    pub free_disk_mb: Option<u64>,
+    /// Whether archiving fails.
+    pub archiver_fails: bool,
+    /// Whether a replication slot is losing WAL.
+    pub slot_loses_wal: bool,
+}
+
+/// The settings.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Share of the time that is worked, above 0 up to 1.
+    pub work_ratio: f64,
+    /// WAL per second, in bytes.
+    pub wal_rate: Option<u64>,
+    /// Largest lag, in ms.
+    pub lag_ms: Option<u64>,
+    /// Largest share of dead rows.
+    pub dead_ratio: Option<f64>,
+    /// Least free space, in MB.
+    pub free_disk_mb: Option<u64>,
+}
+
+/// How long to rest before the next batch, and why; None: no rest. What endangers the server rests
+/// for a second and is looked at again.
+#[must_use]
+pub fn rest(facts: &Facts, limits: &Limits) -> Option<(u64, Brake)> {
+    const LOOK_AGAIN_MS: u64 = 1000;
+    let alarms = [
+        (
+            limits
+                .free_disk_mb
+                .is_some_and(|least| facts.free_disk_mb.is_some_and(|free| free < least)),
+            Brake::FreeDisk,
+        ),
+        (facts.slot_loses_wal, Brake::ReplicationSlot),
+        (facts.archiver_fails, Brake::Archiver),
+        (
+            limits.lag_ms.is_some_and(|most| facts.lag_ms > most),
+            Brake::ReplicationLag,
+        ),
+        (
+            limits.dead_ratio.is_some_and(|most| facts.dead_ratio > most),
+            Brake::DeadRows,
+        ),
+    ];
+    if let Some((_, brake)) = alarms.into_iter().find(|(raised, _)| *raised) {
+        return Some((LOOK_AGAIN_MS, brake));
+    }
+    let ratio = limits.work_ratio.clamp(0.01, 1.0);
+    #[allow(clippy::cast_precision_loss, clippy::cast_sign_loss)]
+    #[allow(clippy::cast_possible_truncation, reason = "milliseconds of one batch")]
+    let by_ratio = (facts.worked_ms as f64 * (1.0 / ratio - 1.0)) as u64;
+    let by_wal = limits.wal_rate.map_or(0, |rate| {
+        (facts.wal_bytes.saturating_mul(1000) / rate.max(1)).saturating_sub(facts.worked_ms)
+    });
+    match by_ratio.max(by_wal) {
+        0 => None,
+        rest if by_wal > by_ratio => Some((rest, Brake::WalRate)),
+        rest => Some((rest, Brake::WorkRatio)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits {
+        work_ratio: 0.2,
+        wal_rate: Some(16_000_000),
+        lag_ms: Some(30_000),
+        dead_ratio: Some(0.25),
+        free_disk_mb: Some(1024),
+    };
+
+    #[test]
+    fn a_batch_grows_to_twice_at_most_and_shrinks_at_once() {
+        let mut size = BatchSize::new();
+        size.learn(1, 100);
+        assert_eq!(size.blocks(), 32);
+        size.learn(1000, 100);
+        assert_eq!(size.blocks(), 3);
+        size.learn(100_000, 100);
+        assert_eq!(size.blocks(), 1, "never none");
+        for _ in 0..30 {
+            size.learn(0, 100);
+        }
+        assert_eq!(size.blocks(), MAX_BLOCKS);
+    }
+
+    #[test]
+    fn a_batch_of_the_right_length_keeps_its_size() {
+        let mut size = BatchSize::new();
+        size.learn(100, 100);
+        assert_eq!(size.blocks(), 16);
+    }
+
+    #[test]
+    fn the_back_off_doubles_up_to_an_hour_and_spreads() {
+        for tries in 1..40 {
+            let most = (1000u64 << (tries - 1).min(12)).min(3_600_000);
+            for seed in 0..100 {
+                let wait = backoff_ms(tries, seed);
+                assert!(wait <= most && wait >= most / 4 * 3, "{tries} {seed}: {wait}");
+            }
+        }
+        assert_ne!(backoff_ms(5, 1), backoff_ms(5, 2));
+    }
+
+    #[test]
+    fn a_fifth_of_the_time_is_worked() {
+        let facts = Facts {
+            worked_ms: 100,
+            ..Facts::default()
+        };
+        assert_eq!(rest(&facts, &LIMITS), Some((400, Brake::WorkRatio)));
+        let unthrottled = Limits {
+            work_ratio: 1.0,
+            wal_rate: None,
+            ..LIMITS
+        };
+        assert_eq!(rest(&facts, &unthrottled), None);
+    }
+
+    #[test]
+    fn the_wal_rate_holds_over_work_and_rest_together() {
+        let facts = Facts {
+            worked_ms: 100,
+            wal_bytes: 32_000_000,
+            ..Facts::default()
+        };
+        assert_eq!(rest(&facts, &LIMITS), Some((1900, Brake::WalRate)));
+    }
+
+    #[test]
+    fn what_endangers_the_server_comes_first() {
+        let calm = Facts {
+            worked_ms: 100,
+            free_disk_mb: Some(5000),
+            ..Facts::default()
+        };
+        let cases = [
+            (Facts { free_disk_mb: Some(1000), ..calm }, Brake::FreeDisk),
+            (Facts { slot_loses_wal: true, ..calm }, Brake::ReplicationSlot),
+            (Facts { archiver_fails: true, ..calm }, Brake::Archiver),
+            (Facts { lag_ms: 30_001, ..calm }, Brake::ReplicationLag),
+            (Facts { dead_ratio: 0.26, ..calm }, Brake::DeadRows),
+        ];
+        for (facts, brake) in cases {
+            assert_eq!(rest(&facts, &LIMITS), Some((1000, brake)));
+        }
+    }
+}

@@ -1,0 +1,514 @@
+//! What the worker does next: one step per transaction, from a rotation to the drained slot.
+//!
+//! Called by the background worker and by CALL rekey.reencrypt(). A step passes over a range of
+//! blocks, looks at the barrier, scans for the proof, or finds nothing to do. Tables take turns; one
+//! that cannot be worked on is left for a while and holds up the proof, not the other tables.
+//! Nothing here has to survive a crash: cursors and results are in the catalog.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use pgrx::pg_sys::Oid;
+use rekey_core::keyring::SlotState;
+use rekey_core::schedule::BatchSize;
+
+use super::barrier::Barrier;
+use super::proof::{self, Verdict};
+use super::rewrite::{self, Report, Source};
+use crate::catalog::read::{self, SlotRow};
+use crate::catalog::work::{self, Done, Pass};
+use crate::catalog::{self, write};
+use crate::error::Result;
+use crate::ffi::locks;
+use crate::ffi::table::{self, Table, Tid};
+use crate::registry::{self, Leaf};
+use crate::stale::{self, Standing};
+use crate::{cache, guc, lifecycle};
+
+/// What a step did, or what to wait for.
+pub enum Step {
+    /// Something; there may be more.
+    Worked(Worked),
+    /// Nothing for so long; why.
+    Wait(Duration, String),
+    /// Nothing until something happens, or until so many seconds have passed.
+    Idle(Option<i64>),
+}
+
+/// What a step did.
+#[derive(Default)]
+pub struct Worked {
+    /// For people: what was done.
+    pub what: String,
+    /// Table, of a batch.
+    pub table: Option<Oid>,
+    /// Rows re-encrypted.
+    pub rewritten: i64,
+    /// Time that it took.
+    pub took: Duration,
+}
+
+/// The worker's memory between steps.
+pub struct Drainer {
+    only: Option<Oid>,
+    proves: bool,
+    barrier: Option<Barrier>,
+    findings: HashMap<Oid, Vec<Tid>>,
+    resting: HashMap<Oid, (u32, Instant, String)>,
+    sizes: HashMap<Oid, BatchSize>,
+    touched: HashMap<Oid, std::ops::Range<u32>>,
+    proofs_failed: u32,
+    prove_again_at: Option<Instant>,
+}
+
+/// A proof that finds stale rows so many times in a row is left for a while: something copies them.
+const PROOFS_IN_A_ROW: u32 = 5;
+
+impl Drainer {
+    /// For one table, or for all; `proves` also makes the proof.
+    pub fn new(only: Option<Oid>, proves: bool) -> Drainer {
+        Drainer {
+            only,
+            proves,
+            barrier: None,
+            findings: HashMap::new(),
+            resting: HashMap::new(),
+            sizes: HashMap::new(),
+            touched: HashMap::new(),
+            proofs_failed: 0,
+            prove_again_at: None,
+        }
+    }
+
+    /// Does the next thing, in the caller's transaction, which it then commits.
+    pub fn step(&mut self) -> Result<Step> {
+        let (leaves, troubles) = registry::leaves()?;
+        let slots = targets()?;
+        if leaves.is_empty() {
+            return Ok(Step::Idle(work::next_due()?));
+        }
+        if slots.is_empty() {
+            return self.afterwards(&leaves);
+        }
+        let wave = wave(&slots);
+        let mut soonest: Option<(Instant, String)> = None;
+        for leaf in &leaves {
+            if self.only.is_some_and(|only| !covers(only, leaf.table)) {
+                continue;
+            }
+            if let Some((_, until, why)) = self.resting.get(&leaf.table)
+                && *until > Instant::now()
+            {
+                if soonest.as_ref().is_none_or(|(at, _)| until < at) {
+                    soonest = Some((*until, why.clone()));
+                }
+                continue;
+            }
+            match self.visit(leaf, &wave) {
+                Ok(Some(worked)) => return Ok(Step::Worked(worked)),
+                Ok(None) => {}
+                Err(Unable::Error(error)) => return Err(error),
+                Err(Unable::Busy(why)) => {
+                    let at = self.rest(leaf.table, &why, true)?;
+                    soonest = Some((at, why));
+                }
+                Err(Unable::Refused(why)) => {
+                    let at = self.rest(leaf.table, &why, false)?;
+                    soonest = Some((at, why));
+                }
+            }
+        }
+        if let Some((at, why)) = soonest {
+            return Ok(Step::Wait(at.saturating_duration_since(Instant::now()), why));
+        }
+        if !self.proves {
+            return Ok(Step::Idle(None));
+        }
+        self.prove(&leaves, &troubles, &slots, &wave)
+    }
+
+    /// Takes a table out of turn for a while after an error; the worker calls it when a step's
+    /// transaction has failed.
+    pub fn rest(&mut self, table: Oid, why: &str, busy: bool) -> Result<Instant> {
+        let tries = self.resting.get(&table).map_or(1, |(tries, ..)| tries + 1);
+        let wait = if busy {
+            Duration::from_millis(u64::from(tries.min(10)) * 100)
+        } else {
+            Duration::from_millis(rekey_core::schedule::backoff_ms(tries, table.to_u32().into()))
+        };
+        let until = Instant::now() + wait;
+        self.resting.insert(table, (tries, until, why.to_string()));
+        work::note(table, "", why)?;
+        Ok(until)
+    }
+
+    /// One batch of a table; None when its pass is complete.
+    fn visit(&mut self, leaf: &Leaf, wave: &str) -> std::result::Result<Option<Worked>, Unable> {
+        if let Some(why) = work::paused(leaf.table)? {
+            return Err(Unable::Busy(why));
+        }
+        let known = work::pass(leaf.table)?.filter(|pass| pass.wave == wave && pass.left == 0);
+        let due = work::due(leaf.table)?;
+        let found = self.findings.contains_key(&leaf.table);
+        if known.is_some() && due.is_empty() && !found {
+            // Nobody but a rewrite changes the file, and the proof looks at that.
+            let file = Table::open_for_scan(leaf.table).map(|table| table.file());
+            if file == known.map(|pass| pass.file) {
+                return Ok(None);
+            }
+        }
+        if !locks::become_drainer(catalog::registered_column()?, leaf.table) {
+            return Err(Unable::Busy("another session re-encrypts it".to_string()));
+        }
+        let begin = Instant::now();
+        let Some(table) = Table::open_for_update(leaf.table) else {
+            return Err(Unable::Busy("it is locked".to_string()));
+        };
+        if !table.is_heap() {
+            return Err(Unable::Refused("it is no heap table".to_string()));
+        }
+        if let Some((why, name)) = registry::refusal(table.relation(), leaf.fire_triggers) {
+            return Err(Unable::Refused(format!("it {why}: {name}")));
+        }
+        cache::enter_barrier()?;
+        let pass = self.pass(&table, wave)?;
+        let name = table::name(leaf.table)?;
+        let size = self.sizes.entry(leaf.table).or_insert_with(BatchSize::new);
+        let mut report;
+        let (mut cursor, mut left) = (pass.cursor, pass.left);
+        if let Some(places) = self.findings.remove(&leaf.table) {
+            let count = places.len().min(usize::try_from(size.blocks()).unwrap_or(1) * 50);
+            let (now, later) = places.split_at(count);
+            report = rewrite::rewrite(leaf, &table, &Source::Places(now))?;
+            if !later.is_empty() {
+                self.findings.insert(leaf.table, later.to_vec());
+            }
+        } else if !due.is_empty() {
+            report = rewrite::rewrite(leaf, &table, &Source::Places(&due))?;
+            settle(leaf.table, &due, &report)?;
+        } else {
+            if let Some(earlier) = self.touched.remove(&leaf.table) {
+                table.reclaim(earlier);
+            }
+            let blocks = table.blocks();
+            if cursor >= blocks {
+                cursor = 0;
+            }
+            let count = size.blocks().min(left).min(blocks - cursor.min(blocks));
+            let range = cursor..cursor + count;
+            report = rewrite::rewrite(leaf, &table, &Source::Blocks(range.clone()))?;
+            if report.rewritten > 0 {
+                self.touched.insert(leaf.table, range);
+            }
+            cursor += count;
+            left = if count == 0 { 0 } else { left - count };
+        }
+        for failure in &report.failed {
+            work::quarantine(leaf.table, failure)?;
+        }
+        let done = Done {
+            scanned: report.scanned,
+            rewritten: report.rewritten,
+            skipped: i64::try_from(report.skipped.len()).unwrap_or(0),
+        };
+        work::advance(leaf.table, cursor, left, &done)?;
+        let took = begin.elapsed();
+        size.learn(
+            u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+            guc::batch_target_ms(),
+        );
+        if report.slow {
+            self.rest(leaf.table, "code of its owner takes too long", false)?;
+        } else {
+            self.resting.remove(&leaf.table);
+        }
+        // Whoever had these rows is done soon, or the proof finds them again.
+        let skipped = std::mem::take(&mut report.skipped);
+        if left == 0 && !skipped.is_empty() && !self.findings.contains_key(&leaf.table) {
+            self.findings.insert(leaf.table, skipped);
+            self.rest(leaf.table, "rows of it are locked", true)?;
+        }
+        let total = f64::from(table.blocks().max(1));
+        Ok(Some(Worked {
+            what: format!("{name}: {:.0} %", 100.0 * (1.0 - f64::from(left) / total).max(0.0)),
+            table: Some(leaf.table),
+            rewritten: report.rewritten,
+            took,
+        }))
+    }
+
+    /// The pass over a table for this wave. One that was under way goes on from its cursor, once
+    /// round, when another rotation joins; a new file begins at its first block.
+    fn pass(&mut self, table: &Table, wave: &str) -> Result<Pass> {
+        let known = work::pass(table.oid())?;
+        match known {
+            Some(pass) if pass.file == table.file() && pass.wave == wave => Ok(pass),
+            other => {
+                let same_file = other.as_ref().is_some_and(|pass| pass.file == table.file());
+                if other.is_some() && !same_file {
+                    work::forget_places(table.oid())?;
+                    self.findings.remove(&table.oid());
+                }
+                self.touched.remove(&table.oid());
+                let cursor = other.filter(|_| same_file).map_or(0, |pass| pass.cursor);
+                let pass = Pass {
+                    file: table.file(),
+                    wave: wave.to_string(),
+                    cursor,
+                    left: table.blocks(),
+                };
+                work::begin_pass(table.oid(), &pass)?;
+                Ok(pass)
+            }
+        }
+    }
+
+    /// Barrier and proof, once every pass is complete.
+    fn prove(
+        &mut self,
+        leaves: &[Leaf],
+        troubles: &[registry::Trouble],
+        slots: &[SlotRow],
+        wave: &str,
+    ) -> Result<Step> {
+        let all = Oid::INVALID;
+        if let Some(trouble) = troubles.first() {
+            let why = format!("{}: {}", trouble.table, trouble.what);
+            work::note(all, "", &why)?;
+            return self.afterwards(leaves);
+        }
+        if let Some(at) = self.prove_again_at
+            && at > Instant::now()
+        {
+            let why = "the last proofs found rows that something copies".to_string();
+            return Ok(Step::Wait(at.saturating_duration_since(Instant::now()), why));
+        }
+        if !self.barrier.as_ref().is_some_and(|barrier| barrier.serves(wave)) {
+            self.barrier = Some(Barrier::capture(wave, slots)?);
+        }
+        if let Some(barrier) = &mut self.barrier
+            && let Some(who) = barrier.waits_for()?
+        {
+            let why = format!("waits for {who}");
+            work::note(all, "barrier", &why)?;
+            return Ok(Step::Wait(Duration::from_millis(200), why));
+        }
+        let mut blocked = 0;
+        for leaf in leaves {
+            blocked += work::quarantined(leaf.table)?;
+        }
+        if blocked > 0 {
+            work::note(all, "proof", &format!("{blocked} rows are under quarantine"))?;
+            return self.afterwards(leaves);
+        }
+        let begin = Instant::now();
+        let verdict = proof::prove(leaves, slots, guc::max_snapshot_age(), |_, _| Ok(()))?;
+        let took = begin.elapsed();
+        let what = match verdict {
+            Verdict::Clean(proof) => {
+                let drained = drain(slots, &proof)?;
+                work::note(all, "done", "")?;
+                self.proofs_failed = 0;
+                format!("proved: {drained} of {} slots are drained", slots.len())
+            }
+            Verdict::Stale(found) => {
+                self.proofs_failed += 1;
+                if self.proofs_failed >= PROOFS_IN_A_ROW {
+                    self.proofs_failed = 0;
+                    self.prove_again_at = Some(Instant::now() + Duration::from_secs(30));
+                }
+                let count: usize = found.iter().map(|(_, places)| places.len()).sum();
+                self.findings = found.into_iter().collect();
+                if let Some(only) = self.only {
+                    self.findings.retain(|table, _| covers(only, *table));
+                    if self.findings.is_empty() {
+                        let why = format!("{count} stale rows remain in other tables");
+                        return Ok(Step::Wait(Duration::ZERO, why));
+                    }
+                }
+                format!("the proof found {count} stale rows")
+            }
+            Verdict::Changed(table) => format!("{table} changed during the proof"),
+            Verdict::Unfinished(why) => {
+                self.prove_again_at = Some(Instant::now() + Duration::from_secs(10));
+                work::note(all, "proof", &why)?;
+                format!("no proof: {why}")
+            }
+        };
+        Ok(Step::Worked(Worked {
+            what,
+            took,
+            ..Worked::default()
+        }))
+    }
+
+    /// What follows a drain, and retries of rows under quarantine, when no slot awaits a proof.
+    fn afterwards(&mut self, leaves: &[Leaf]) -> Result<Step> {
+        let tables: Vec<Oid> = leaves.iter().map(|leaf| leaf.table).collect();
+        work::forget_others(&tables)?;
+        for leaf in leaves {
+            let due = work::due(leaf.table)?;
+            if !due.is_empty()
+                && let Some(worked) = self.retry(leaf, &due)?
+            {
+                return Ok(Step::Worked(worked));
+            }
+        }
+        if !self.proves || self.only.is_some() {
+            return Ok(Step::Idle(None));
+        }
+        for (id, action) in work::after_drain()? {
+            let slot = lifecycle::slot(id)?;
+            match may_go(&slot, leaves, action == "destroy")? {
+                None => {
+                    // Under the key's lock: another session may have moved the slot meanwhile.
+                    lifecycle::lock(&slot.key_name)?;
+                    let slot = lifecycle::slot(id)?;
+                    if slot.state != SlotState::Drained {
+                        continue;
+                    }
+                    let to = if action == "destroy" {
+                        SlotState::Destroyed
+                    } else {
+                        SlotState::Disabled
+                    };
+                    write::transition(&slot, to, "after_drain", "")?;
+                    return Ok(Step::Worked(Worked {
+                        what: format!("slot {id} is {to}"),
+                        ..Worked::default()
+                    }));
+                }
+                Some(why) => {
+                    let why = format!("slot {id}: {why}");
+                    return Ok(Step::Wait(Duration::from_secs(10), why));
+                }
+            }
+        }
+        Ok(Step::Idle(work::next_due()?))
+    }
+
+    fn retry(&mut self, leaf: &Leaf, due: &[Tid]) -> Result<Option<Worked>> {
+        let Some(table) = Table::open_for_update(leaf.table) else {
+            return Ok(None);
+        };
+        cache::enter_barrier()?;
+        let report = rewrite::rewrite(leaf, &table, &Source::Places(due))?;
+        settle(leaf.table, due, &report)?;
+        for failure in &report.failed {
+            work::quarantine(leaf.table, failure)?;
+        }
+        Ok(Some(Worked {
+            what: format!("retried {} rows", due.len()),
+            table: Some(leaf.table),
+            rewritten: report.rewritten,
+            ..Worked::default()
+        }))
+    }
+}
+
+/// Entries whose row is well again, or gone, leave the quarantine.
+fn settle(table: Oid, tried: &[Tid], report: &Report) -> Result<()> {
+    for tid in tried {
+        if !report.failed.iter().any(|failure| failure.tid == *tid) {
+            work::resolve(table, *tid)?;
+        }
+    }
+    Ok(())
+}
+
+enum Unable {
+    /// Somebody else is at it: soon again.
+    Busy(String),
+    /// It cannot be done as the table is now: later.
+    Refused(String),
+    /// Anything else.
+    Error(crate::error::Error),
+}
+
+impl From<crate::error::Error> for Unable {
+    fn from(error: crate::error::Error) -> Unable {
+        Unable::Error(error)
+    }
+}
+
+/// Whether the leaf belongs to the table that was asked for.
+fn covers(only: Oid, leaf: Oid) -> bool {
+    only == leaf || crate::ffi::relation::leaves(only).contains(&leaf)
+}
+
+/// The slots that await a drain: compromised ones first, alone.
+fn targets() -> Result<Vec<SlotRow>> {
+    let slots = stale::slots()?;
+    let mut targets: Vec<SlotRow> = read::all_slots()?
+        .into_iter()
+        .filter(|slot| slot.state == SlotState::Previous)
+        .filter(|slot| slots.standing(slot.id) == Standing::Stale)
+        .collect();
+    if targets.iter().any(|slot| slot.compromised) {
+        targets.retain(|slot| slot.compromised);
+    }
+    targets.sort_by_key(|slot| slot.id.get());
+    Ok(targets)
+}
+
+/// Names the rotations that a pass and a proof serve.
+fn wave(slots: &[SlotRow]) -> String {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    for slot in slots {
+        (slot.id.get(), slot.superseded_at).hash(&mut hasher);
+    }
+    format!("{:016x}", hasher.finish())
+}
+
+/// Marks the proved slots as drained: those that are what they were when the proof began.
+fn drain(slots: &[SlotRow], proof: &str) -> Result<usize> {
+    let mut drained = 0;
+    for slot in slots {
+        lifecycle::lock(&slot.key_name)?;
+        let now = lifecycle::slot(slot.id.as_i64())?;
+        if now.state != SlotState::Previous || now.superseded_at != slot.superseded_at {
+            continue;
+        }
+        work::keep_proof(slot.id, proof)?;
+        write::transition(&now, SlotState::Drained, "drain", "")?;
+        drained += 1;
+    }
+    Ok(drained)
+}
+
+/// Whether a drained slot may be disabled or destroyed now; None for yes, else why not. Makes the
+/// second scan: transactions older than the first one may have copied what they saw.
+pub fn may_go(slot: &SlotRow, leaves: &[Leaf], destroy: bool) -> Result<Option<String>> {
+    if let Some(until) = work::grace_left(slot.id)? {
+        return Ok(Some(format!("its grace lasts until {until}")));
+    }
+    for leaf in leaves {
+        let count = work::quarantined(leaf.table)?;
+        if count > 0 {
+            let name = table::name(leaf.table)?;
+            return Ok(Some(format!("{name} has {count} rows under quarantine")));
+        }
+    }
+    if let Some(why) = proof::horizon_passed(slot.id, leaves)? {
+        return Ok(Some(why));
+    }
+    let one = std::slice::from_ref(slot);
+    match proof::prove(leaves, one, guc::max_snapshot_age(), |_, _| Ok(()))? {
+        Verdict::Clean(_) => {}
+        Verdict::Stale(found) => {
+            let mut places = Vec::new();
+            for (oid, found) in found {
+                places.push(format!("{} ({} rows)", table::name(oid)?, found.len()));
+            }
+            let places = places.join(", ");
+            return Ok(Some(format!("values are sealed under it again in {places}")));
+        }
+        Verdict::Changed(table) => return Ok(Some(format!("{table} changed meanwhile"))),
+        Verdict::Unfinished(why) => return Ok(Some(why)),
+    }
+    if destroy && let Some(places) = super::elsewhere::of_slot(slot.id)? {
+        return Ok(Some(format!("unregistered columns hold values of it: {places}")));
+    }
+    Ok(None)
+}

@@ -1,0 +1,249 @@
+//! Re-encrypting rows of one table, in the caller's transaction.
+//!
+//! Called by src/worker/drain.rs. Stale rows are found by the headers of their envelopes, locked
+//! without waiting, re-encrypted in memory and updated as the table's owner. What fails in the
+//! owner's code is undone, halved until one row is left, and reported by its SQLSTATE. Invariants:
+//! I5, only the very version that was read is updated; I14, a bad row holds up no other; I15, no
+//! lock is waited for and the owner's code runs against a clock.
+
+use std::ops::Range;
+use std::time::Instant;
+
+use pgrx::{PgSqlErrorCode as Code, pg_sys};
+use rekey_core::envelope::SlotId;
+
+use crate::cache;
+use crate::catalog::work::Failure;
+use crate::error::{Error, Result};
+use crate::ffi::expression::Expression;
+use crate::ffi::session::OwnerOf;
+use crate::ffi::subtransaction::{Caught, subtransaction};
+use crate::ffi::table::{Snapshot, Table, Tid, Updated, Updater, columns_of};
+use crate::ffi::text;
+use crate::ffi::timer::Limit;
+use crate::registry::Leaf;
+use crate::stale::{self, Standing};
+
+/// Longest time that the owner's code may take for one try, in milliseconds.
+const TRY_MS: i32 = 5_000;
+/// Longest time that a batch goes on halving, in milliseconds: the rest waits for the next one.
+const HALVING_MS: u128 = 15_000;
+
+/// Where to look for stale rows.
+pub enum Source<'a> {
+    /// In these blocks.
+    Blocks(Range<u32>),
+    /// At these places.
+    Places(&'a [Tid]),
+}
+
+/// What a batch did.
+#[derive(Default)]
+pub struct Report {
+    /// Rows looked at.
+    pub scanned: i64,
+    /// Rows re-encrypted.
+    pub rewritten: i64,
+    /// Rows that somebody else had locked or changed.
+    pub skipped: Vec<Tid>,
+    /// Rows that do not open or do not update.
+    pub failed: Vec<Failure>,
+    /// The owner's code took too long.
+    pub slow: bool,
+}
+
+/// Re-encrypts the stale rows of `source`. The caller holds the barrier and the table's lock.
+pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report> {
+    let mut report = Report::default();
+    let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
+    let places = match source {
+        Source::Places(places) => places.to_vec(),
+        Source::Blocks(blocks) => find(table, blocks.clone(), &columns, &mut report.scanned)?,
+    };
+    if places.is_empty() {
+        return Ok(report);
+    }
+    let _owner = OwnerOf::begin(table.owner(), leaf.fire_triggers);
+    let contexts = leaf
+        .columns
+        .iter()
+        .map(|column| match column.context.as_str() {
+            "" => Ok(None),
+            text => Expression::prepare(table.relation(), text, &columns).map(Some),
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let job = Job {
+        leaf,
+        table,
+        columns,
+        contexts,
+    };
+    let begin = Instant::now();
+    let mut parts: Vec<&[Tid]> = vec![&places];
+    while let Some(part) = parts.pop() {
+        if begin.elapsed().as_millis() > HALVING_MS {
+            report.slow = true;
+            report.skipped.extend_from_slice(part);
+            continue;
+        }
+        match job.attempt(part)? {
+            Ok(attempt) => attempt.join(&mut report),
+            Err(caught) => match Verdict::of(caught) {
+                Verdict::Retry => report.skipped.extend_from_slice(part),
+                Verdict::Fatal => return Err(Error::Owner(caught.0)),
+                Verdict::Row if part.len() == 1 => report.failed.push(Failure {
+                    tid: part[0],
+                    slot: None,
+                    sqlstate: caught.sqlstate(),
+                }),
+                Verdict::Row => {
+                    let (left, right) = part.split_at(part.len() / 2);
+                    parts.extend([right, left]);
+                }
+            },
+        }
+    }
+    Ok(report)
+}
+
+/// Rows of `blocks` with an envelope that is to be re-encrypted, or that cannot be.
+fn find(
+    table: &Table,
+    blocks: Range<u32>,
+    columns: &[i16],
+    scanned: &mut i64,
+) -> Result<Vec<Tid>> {
+    let slots = stale::slots()?;
+    let snapshot = Snapshot::latest();
+    let mut places = Vec::new();
+    table.scan(&snapshot, blocks, columns, |tid, values| {
+        *scanned += 1;
+        let wanted = |value: &Option<pg_sys::Datum>| {
+            value
+                .and_then(stale::header)
+                .is_some_and(|header| slots.standing(header.slot) != Standing::Current)
+        };
+        if values.iter().any(wanted) {
+            places.push(tid);
+        }
+        true
+    });
+    Ok(places)
+}
+
+/// What an error of the owner's code means for the batch.
+enum Verdict {
+    /// The row is at fault: halve, and set it aside.
+    Row,
+    /// Somebody else was in the way: another time.
+    Retry,
+    /// The server is at fault, or the session is cancelled: end the batch.
+    Fatal,
+}
+
+impl Verdict {
+    fn of(caught: Caught) -> Verdict {
+        let state = caught.sqlstate();
+        match &state[..2] {
+            "40" => Verdict::Retry,
+            "55" if state == "55P03" => Verdict::Retry,
+            // 57014 stands for the clock here: a cancel by the user went on from `attempt`.
+            "57" if state == "57014" => Verdict::Row,
+            "53" | "57" | "58" | "XX" | "F0" | "25" => Verdict::Fatal,
+            _ => Verdict::Row,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Attempt {
+    rewritten: i64,
+    skipped: Vec<Tid>,
+    failed: Vec<Failure>,
+}
+
+impl Attempt {
+    fn join(self, report: &mut Report) {
+        report.rewritten += self.rewritten;
+        report.skipped.extend(self.skipped);
+        report.failed.extend(self.failed);
+    }
+}
+
+struct Job<'a> {
+    leaf: &'a Leaf,
+    table: &'a Table,
+    columns: Vec<i16>,
+    contexts: Vec<Option<Expression>>,
+}
+
+impl Job<'_> {
+    /// Re-encrypts all of `places` in one subtransaction. The inner error is the owner's.
+    fn attempt(&self, places: &[Tid]) -> Result<std::result::Result<Attempt, Caught>> {
+        let limit = Limit::start(TRY_MS);
+        let outcome = subtransaction(|| {
+            let mut attempt = Attempt::default();
+            let mut updater = Updater::begin(self.table, &self.columns);
+            for &tid in places {
+                let mut bad = Vec::new();
+                let updated = updater.update(tid, |row| self.change(row, &mut bad))?;
+                match updated {
+                    Updated::Done => attempt.rewritten += 1,
+                    Updated::Skipped => attempt.skipped.push(tid),
+                    Updated::Unchanged => {}
+                    Updated::Suppressed => bad.push((None, "09000".to_string())),
+                }
+                let failure = |(slot, sqlstate)| Failure {
+                    tid,
+                    slot,
+                    sqlstate,
+                };
+                attempt.failed.extend(bad.into_iter().map(failure));
+            }
+            updater.finish();
+            Ok(attempt)
+        });
+        let passed = limit.passed();
+        drop(limit);
+        match outcome {
+            Ok(attempt) => attempt.map(Ok),
+            Err(Caught(Code::ERRCODE_QUERY_CANCELED)) if !passed => Err(Error::Cancelled),
+            Err(caught) => Ok(Err(caught)),
+        }
+    }
+
+    /// The new envelopes of a row. What does not open is told in `bad`; an error ends the batch:
+    /// without a root key no row is at fault.
+    fn change(
+        &self,
+        row: *mut pg_sys::TupleTableSlot,
+        bad: &mut Vec<(Option<SlotId>, String)>,
+    ) -> Result<Vec<(i16, pg_sys::Datum)>> {
+        let slots = stale::slots()?;
+        let mut changes = Vec::new();
+        let values = columns_of(row, &self.columns);
+        for (at, value) in values.into_iter().enumerate() {
+            let Some(datum) = value else { continue };
+            let Some(header) = stale::header(datum) else {
+                continue;
+            };
+            if slots.standing(header.slot) == Standing::Current {
+                continue;
+            }
+            let context = match &self.contexts[at] {
+                Some(expression) if header.context_bound => expression.evaluate(row)?,
+                _ => None,
+            };
+            let context = context.unwrap_or_default();
+            match cache::reencrypt(text::detoasted(datum), &context) {
+                Ok(Some(fresh)) => changes.push((self.leaf.columns[at].attnum, fresh)),
+                Ok(None) => {}
+                Err(error @ (Error::RootKey(..) | Error::Random | Error::NoCatalog)) => {
+                    return Err(error);
+                }
+                Err(error) => bad.push((Some(header.slot), Caught(error.code()).sqlstate())),
+            }
+        }
+        Ok(changes)
+    }
+}

@@ -272,7 +272,9 @@ pub fn reencrypt(envelope: &[u8], context: &[u8]) -> Result<Option<pg_sys::Datum
         bytes[HEADER_LEN..HEADER_LEN + SALT_LEN].copy_from_slice(sealing.salt());
         bytes[HEADER_LEN + SALT_LEN..CIPHERTEXT_AT].copy_from_slice(&counter);
         let buffer = &mut bytes[payload];
-        let tag = sealing.subkey().seal_in_place(&counter, &header, context, buffer);
+        let tag = sealing
+            .subkey()
+            .seal_in_place(&counter, &header, context, buffer);
         bytes[CIPHERTEXT_AT + len..].copy_from_slice(&tag);
         Ok(())
     })?;
@@ -290,7 +292,9 @@ fn prepare_reencryption(from: SlotId) -> Result<Option<SlotId>> {
     let active = read::active_slot(&name)?.filter(|active| seals && *active != from);
     if let Some(to) = active {
         if !source.state.opens() {
-            let when = source.closed_at.map_or_else(String::new, types::timestamp_text);
+            let when = source
+                .closed_at
+                .map_or_else(String::new, types::timestamp_text);
             return Err(Error::SlotClosed(from, source.state, when));
         }
         for slot in [from, to] {

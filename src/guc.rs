@@ -36,9 +36,10 @@ static MAX_WAL_RATE: GucSetting<i32> = GucSetting::<i32>::new(16 * 1024);
 static MAX_REPLICATION_LAG: GucSetting<i32> = GucSetting::<i32>::new(30_000);
 /// Standbys whose lag counts, by application_name. Default: all.
 static LAG_STANDBYS: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"*"));
-/// Share of dead rows of a table at which the worker waits for vacuum. Default 0.25, above the
-/// 0.2 at which autovacuum comes by default.
-static MAX_DEAD_RATIO: GucSetting<f64> = GucSetting::<f64>::new(0.25);
+/// Share of dead rows of a table at which the worker waits for vacuum. Default 0.5: a pass makes one
+/// dead row for each live one at most and uses their space again itself, so that only what others
+/// leave behind counts.
+static MAX_DEAD_RATIO: GucSetting<f64> = GucSetting::<f64>::new(0.5);
 /// Free space of the data directory in MB below which the worker rests. Default 1 GB.
 static MIN_FREE_DISK: GucSetting<i32> = GucSetting::<i32>::new(1024);
 /// Age in s at which a proof gives up its snapshot. Default 1 h.

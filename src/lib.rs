@@ -57,6 +57,10 @@ extension_sql_file!(
 pub extern "C-unwind" fn _PG_init() {
     guc::init();
     ffi::hooks::init();
+    if ffi::session::in_preload() {
+        ffi::shared::init();
+        ffi::background::register_launcher();
+    }
     root_key::init();
 }
 

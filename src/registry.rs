@@ -100,10 +100,7 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
 
 /// Why a table cannot be re-encrypted safely, if so: asked at registration and again before each
 /// batch, since its owner may have changed it. `relation` is open.
-pub fn refusal(
-    relation: pg_sys::Relation,
-    fire_triggers: bool,
-) -> Option<(&'static str, String)> {
+pub fn refusal(relation: pg_sys::Relation, fire_triggers: bool) -> Option<(&'static str, String)> {
     relation::refusal(relation, fire_triggers)
 }
 

@@ -27,7 +27,9 @@ impl BatchSize {
     pub fn learn(&mut self, took_ms: u64, target_ms: u64) {
         let fitting = u64::from(self.0) * target_ms.max(1) / took_ms.max(1);
         let next = fitting.min(u64::from(self.0) * 2);
-        self.0 = u32::try_from(next).unwrap_or(MAX_BLOCKS).clamp(1, MAX_BLOCKS);
+        self.0 = u32::try_from(next)
+            .unwrap_or(MAX_BLOCKS)
+            .clamp(1, MAX_BLOCKS);
     }
 }
 
@@ -135,7 +137,9 @@ pub fn rest(facts: &Facts, limits: &Limits) -> Option<(u64, Brake)> {
             Brake::ReplicationLag,
         ),
         (
-            limits.dead_ratio.is_some_and(|most| facts.dead_ratio > most),
+            limits
+                .dead_ratio
+                .is_some_and(|most| facts.dead_ratio > most),
             Brake::DeadRows,
         ),
     ];
@@ -196,7 +200,10 @@ mod tests {
             let most = (1000u64 << (tries - 1).min(12)).min(3_600_000);
             for seed in 0..100 {
                 let wait = backoff_ms(tries, seed);
-                assert!(wait <= most && wait >= most / 4 * 3, "{tries} {seed}: {wait}");
+                assert!(
+                    wait <= most && wait >= most / 4 * 3,
+                    "{tries} {seed}: {wait}"
+                );
             }
         }
         assert_ne!(backoff_ms(5, 1), backoff_ms(5, 2));
@@ -235,11 +242,41 @@ mod tests {
             ..Facts::default()
         };
         let cases = [
-            (Facts { free_disk_mb: Some(1000), ..calm }, Brake::FreeDisk),
-            (Facts { slot_loses_wal: true, ..calm }, Brake::ReplicationSlot),
-            (Facts { archiver_fails: true, ..calm }, Brake::Archiver),
-            (Facts { lag_ms: 30_001, ..calm }, Brake::ReplicationLag),
-            (Facts { dead_ratio: 0.26, ..calm }, Brake::DeadRows),
+            (
+                Facts {
+                    free_disk_mb: Some(1000),
+                    ..calm
+                },
+                Brake::FreeDisk,
+            ),
+            (
+                Facts {
+                    slot_loses_wal: true,
+                    ..calm
+                },
+                Brake::ReplicationSlot,
+            ),
+            (
+                Facts {
+                    archiver_fails: true,
+                    ..calm
+                },
+                Brake::Archiver,
+            ),
+            (
+                Facts {
+                    lag_ms: 30_001,
+                    ..calm
+                },
+                Brake::ReplicationLag,
+            ),
+            (
+                Facts {
+                    dead_ratio: 0.26,
+                    ..calm
+                },
+                Brake::DeadRows,
+            ),
         ];
         for (facts, brake) in cases {
             assert_eq!(rest(&facts, &LIMITS), Some((1000, brake)));

@@ -4,9 +4,9 @@
 use std::cell::RefCell;
 use std::time::Duration;
 
+use pgrx::PgSqlErrorCode as Code;
 use pgrx::pg_sys::{FunctionCallInfo, Oid};
 use pgrx::prelude::*;
-use pgrx::PgSqlErrorCode as Code;
 
 use crate::catalog::work;
 use crate::catalog::write::{self, Audit};
@@ -226,7 +226,9 @@ fn reencrypt_step(fcinfo: FunctionCallInfo) -> Reply {
         let first = call.required_bool(1, "first")?;
         let user = session::current_user();
         let (leaves, _) = registry::leaves()?;
-        let owns_all = leaves.iter().all(|leaf| relation::is_owned_by(leaf.table, user));
+        let owns_all = leaves
+            .iter()
+            .all(|leaf| relation::is_owned_by(leaf.table, user));
         match table {
             Some(oid) => own(oid)?,
             None if owns_all => {}
@@ -349,7 +351,10 @@ fn dismiss_quarantine(fcinfo: FunctionCallInfo) -> Reply {
         own(oid)?;
         let by = session::role_name(session::current_user());
         work::dismiss(id, &by, &reason)?;
-        audit("dismiss_quarantine", &format!("{id} in {}: {reason}", table::name(oid)?))?;
+        audit(
+            "dismiss_quarantine",
+            &format!("{id} in {}: {reason}", table::name(oid)?),
+        )?;
         hooks::wake_on_commit();
         Ok(Reply::void())
     })

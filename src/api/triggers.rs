@@ -24,6 +24,10 @@ fn announce_change(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
         let trigger = TriggerCall::of(&call).ok_or_else(not_a_trigger)?;
         hooks::announce(trigger.table());
+        // Restores and logical apply come this way too. Grants and wraps are no work.
+        if matches!(trigger.table_name().as_str(), "key" | "key_slot") {
+            hooks::wake_on_commit();
+        }
         Ok(trigger.proceed())
     })
 }

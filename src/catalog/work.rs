@@ -114,9 +114,7 @@ pub fn forget_others(tables: &[Oid]) -> Result<()> {
     let list = tables.iter().map(|oid| oid.to_u32().to_string());
     let list = format!("{{{}}}", list.collect::<Vec<_>>().join(","));
     for table in ["progress_state", "quarantine"] {
-        let sql = format!(
-            "DELETE FROM rekey.{table} WHERE table_name::oid <> ALL ($1::oid[])"
-        );
+        let sql = format!("DELETE FROM rekey.{table} WHERE table_name::oid <> ALL ($1::oid[])");
         run(&sql, &[Arg::Text(&list)])?;
     }
     Ok(())
@@ -175,7 +173,9 @@ pub fn quarantined_table(id: i64) -> Result<Option<Oid>> {
     let sql = "SELECT table_name::oid::bigint FROM rekey.quarantine \
                 WHERE quarantine_id = $1 AND dismissed_at IS NULL";
     let oid = bigint(sql, &[Arg::Bigint(id)])?;
-    Ok(oid.and_then(|oid| u32::try_from(oid).ok()).map(Oid::from_u32))
+    Ok(oid
+        .and_then(|oid| u32::try_from(oid).ok())
+        .map(Oid::from_u32))
 }
 
 /// Decides to do without the value of a row.
@@ -344,7 +344,10 @@ pub fn after_drain() -> Result<Vec<(i64, String)>> {
         &[],
     )?;
     let action = |row: &Vec<Option<String>>| row[1].clone().unwrap_or_default();
-    Ok(found.iter().map(|row| (number(&row[0]), action(row))).collect())
+    Ok(found
+        .iter()
+        .map(|row| (number(&row[0]), action(row)))
+        .collect())
 }
 
 /// The keys that have passed their longest life, less up to 5 % that differ from slot to slot, so
@@ -355,8 +358,6 @@ pub fn rotations_due() -> Result<(Vec<String>, i64)> {
           WHERE s.state = 'active' AND k.max_age > '0'::interval AND k.shredded_at IS NULL \
             AND s.activated_at + k.max_age * (1 - 0.05 * (s.slot_id % 1000) / 1000.0) \
                 <= clock_timestamp() \
-            AND NOT EXISTS (SELECT FROM rekey.key_slot p WHERE p.key_name = k.key_name \
-                 AND p.state = 'previous' AND p.superseded_at > s.activated_at) \
           ORDER BY s.activated_at LIMIT 100",
         &[],
     )?;

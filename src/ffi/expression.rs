@@ -30,7 +30,8 @@ impl Expression {
     /// Parses and plans `text` over the columns of `relation`.
     pub fn prepare(relation: pg_sys::Relation, text: &str, sealed: &[i16]) -> Result<Expression> {
         let server = super::text::to_server(text.as_bytes())?.into_owned();
-        let source = std::ffi::CString::new(server).map_err(|_| refused("It has a NUL.", EXAMPLE))?;
+        let source =
+            std::ffi::CString::new(server).map_err(|_| refused("It has a NUL.", EXAMPLE))?;
         // SAFETY: the steps of ComputeIndexAttrs and index_create for an expression; nodes live in
         // the current memory context, the relation is open and locked.
         unsafe {

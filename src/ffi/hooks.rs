@@ -16,6 +16,7 @@ static WATCHED: [AtomicU32; 4] = [const { AtomicU32::new(0) }; 4];
 static RESOLVED: AtomicBool = AtomicBool::new(false);
 static RESOLVING: AtomicBool = AtomicBool::new(false);
 static WAKE: AtomicBool = AtomicBool::new(false);
+static NEVER_WAKE: AtomicBool = AtomicBool::new(false);
 static SECRET_STATEMENT: AtomicI64 = AtomicI64::new(0);
 
 /// Counts the changes of our catalog, of roles and of memberships that this process has heard
@@ -61,6 +62,11 @@ pub fn wake_on_commit() {
     WAKE.store(true, Relaxed);
 }
 
+/// The worker looks again by itself: what it commits wakes nobody.
+pub fn never_wake() {
+    NEVER_WAKE.store(true, Relaxed);
+}
+
 /// Registers everything. Called once, from `_PG_init`.
 pub fn init() {
     // SAFETY: each function takes a callback of the right type that lives as long as the
@@ -83,6 +89,8 @@ pub fn init() {
         libc::pthread_atfork(None, None, Some(forked));
         NEXT_EMIT_LOG = pg_sys::emit_log_hook;
         pg_sys::emit_log_hook = Some(emit_log);
+        NEXT_UTILITY = pg_sys::ProcessUtility_hook;
+        pg_sys::ProcessUtility_hook = Some(process_utility);
         NEXT_OBJECT_ACCESS = pg_sys::object_access_hook;
         pg_sys::object_access_hook = Some(object_access);
     }
@@ -140,6 +148,12 @@ unsafe extern "C-unwind" fn transaction_event(event: pg_sys::XactEvent::Type, _a
             | XACT_EVENT_PARALLEL_ABORT
     ) {
         SEALING_EPOCH.fetch_add(1, Relaxed);
+        // Never before the commit; PREPARE only makes a promise.
+        let wake = WAKE.swap(false, Relaxed);
+        if event == XACT_EVENT_COMMIT && wake && !NEVER_WAKE.load(Relaxed) {
+            // SAFETY: a static that is set at connection.
+            super::shared::wake(unsafe { pg_sys::MyDatabaseId });
+        }
     }
 }
 
@@ -227,5 +241,105 @@ unsafe extern "C-unwind" fn object_access(
         && column == 0
     {
         crate::catalog::guard::before_drop(object);
+    }
+}
+
+static mut NEXT_UTILITY: pg_sys::ProcessUtility_hook_type = None;
+
+/// Keeps our workers out of the way of commands that need a database for themselves, which
+/// PostgreSQL before 19 cannot do, and wakes them after COMMIT PREPARED, which runs no commit
+/// callback.
+#[pg_guard]
+unsafe extern "C-unwind" fn process_utility(
+    statement: *mut pg_sys::PlannedStmt,
+    query: *const std::ffi::c_char,
+    read_only: bool,
+    context: pg_sys::ProcessUtilityContext::Type,
+    params: pg_sys::ParamListInfo,
+    environment: *mut pg_sys::QueryEnvironment,
+    dest: *mut pg_sys::DestReceiver,
+    completion: *mut pg_sys::QueryCompletion,
+) {
+    // SAFETY: PostgreSQL passes a live statement; the call is chained unchanged.
+    unsafe {
+        let node = (*statement).utilityStmt;
+        let _bars: Vec<_> = databases_of(node)
+            .into_iter()
+            .filter_map(|name| {
+                let database = pg_sys::get_database_oid(name, true);
+                (database != pg_sys::InvalidOid && database != pg_sys::MyDatabaseId)
+                    .then(|| super::shared::Bar::put(database))
+            })
+            .collect();
+        #[allow(static_mut_refs, reason = "written once, before any backend runs")]
+        match NEXT_UTILITY {
+            Some(next) => next(
+                statement,
+                query,
+                read_only,
+                context,
+                params,
+                environment,
+                dest,
+                completion,
+            ),
+            None => pg_sys::standard_ProcessUtility(
+                statement,
+                query,
+                read_only,
+                context,
+                params,
+                environment,
+                dest,
+                completion,
+            ),
+        }
+        if (*node).type_ == pg_sys::NodeTag::T_TransactionStmt {
+            let kind = (*node.cast::<pg_sys::TransactionStmt>()).kind;
+            if kind == pg_sys::TransactionStmtKind::TRANS_STMT_COMMIT_PREPARED {
+                super::shared::wake(pg_sys::MyDatabaseId);
+            }
+        }
+    }
+}
+
+/// The databases that a command needs for itself.
+///
+/// # Safety
+/// `node` is a live utility statement.
+unsafe fn databases_of(node: *mut pg_sys::Node) -> Vec<*const std::ffi::c_char> {
+    // SAFETY: each cast follows the node's tag.
+    unsafe {
+        let name: *const std::ffi::c_char = match (*node).type_ {
+            pg_sys::NodeTag::T_DropdbStmt => (*node.cast::<pg_sys::DropdbStmt>()).dbname,
+            pg_sys::NodeTag::T_RenameStmt => {
+                let rename = node.cast::<pg_sys::RenameStmt>();
+                match (*rename).renameType {
+                    pg_sys::ObjectType::OBJECT_DATABASE => (*rename).subname,
+                    _ => std::ptr::null(),
+                }
+            }
+            pg_sys::NodeTag::T_AlterDatabaseStmt => {
+                (*node.cast::<pg_sys::AlterDatabaseStmt>()).dbname
+            }
+            pg_sys::NodeTag::T_CreatedbStmt => {
+                let options = (*node.cast::<pg_sys::CreatedbStmt>()).options;
+                let options = pgrx::PgList::<pg_sys::DefElem>::from_pg(options);
+                let template = options
+                    .iter_ptr()
+                    .find(|option| {
+                        std::ffi::CStr::from_ptr((**option).defname) == c"template"
+                            && !(**option).arg.is_null()
+                    })
+                    .map(|option| pg_sys::defGetString(option).cast_const());
+                template.unwrap_or(std::ptr::null())
+            }
+            _ => std::ptr::null(),
+        };
+        if name.is_null() {
+            Vec::new()
+        } else {
+            vec![name]
+        }
     }
 }

@@ -7,6 +7,7 @@
 //! tables (`table`), work that may fail (`subtransaction`), who holds what (`locks`).
 //! One rule holds throughout: nothing here keeps a borrow across a call that may raise.
 
+pub mod background;
 pub mod call;
 pub mod expression;
 pub mod hooks;
@@ -14,6 +15,7 @@ pub mod locks;
 pub mod relation;
 pub mod scan;
 pub mod session;
+pub mod shared;
 pub mod sql;
 pub mod subtransaction;
 pub mod table;

@@ -110,7 +110,10 @@ pub fn wrong_kind(relation: pg_sys::Relation) -> Option<(&'static str, &'static 
     let form = unsafe { &*(*relation).rd_rel };
     let found = match form.relkind.to_ne_bytes()[0] {
         b'r' | b'p' => None,
-        b'v' => Some(("a view", "It stores no rows; register the table beneath it.")),
+        b'v' => Some((
+            "a view",
+            "It stores no rows; register the table beneath it.",
+        )),
         b'm' => Some((
             "a materialized view",
             "Its rows are copies; refresh it after the tables beneath it are drained.",
@@ -138,7 +141,10 @@ pub fn wrong_kind(relation: pg_sys::Relation) -> Option<(&'static str, &'static 
             || namespace(form.relnamespace).is_some_and(|n| n == "information_schema")
     };
     if system {
-        return Some(("a system table", "It belongs to PostgreSQL or to this extension."));
+        return Some((
+            "a system table",
+            "It belongs to PostgreSQL or to this extension.",
+        ));
     }
     if form.relkind.to_ne_bytes()[0] == b'r' && form.relam != Oid::from(2) {
         return Some((
@@ -164,10 +170,7 @@ fn namespace(oid: Oid) -> Option<String> {
 
 /// Why rows of an open table cannot be updated in its owner's place, if so: reason and name.
 /// Reads the relation cache only.
-pub fn refusal(
-    relation: pg_sys::Relation,
-    fire_triggers: bool,
-) -> Option<(&'static str, String)> {
+pub fn refusal(relation: pg_sys::Relation, fire_triggers: bool) -> Option<(&'static str, String)> {
     trigger_refusal(relation, fire_triggers).or_else(|| rule_refusal(relation, fire_triggers))
 }
 
@@ -206,10 +209,7 @@ fn trigger_refusal(
     }
 }
 
-fn rule_refusal(
-    relation: pg_sys::Relation,
-    fire_triggers: bool,
-) -> Option<(&'static str, String)> {
+fn rule_refusal(relation: pg_sys::Relation, fire_triggers: bool) -> Option<(&'static str, String)> {
     // SAFETY: as above for the rules.
     unsafe {
         let rules = (*relation).rd_rules;

@@ -185,11 +185,7 @@ impl OwnerOf {
     pub fn begin(owner: pg_sys::Oid, fire_triggers: bool) -> OwnerOf {
         let mut user = pg_sys::InvalidOid;
         let mut context = 0;
-        let role = if fire_triggers {
-            c"origin"
-        } else {
-            c"replica"
-        };
+        let role = if fire_triggers { c"origin" } else { c"replica" };
         // SAFETY: as in `ActAs::owner`; the flags are those of vacuum_rel in
         // src/backend/commands/vacuum.c. The settings are the extension's own, hence PGC_SUSET.
         unsafe {
@@ -258,6 +254,18 @@ pub fn data_directory() -> std::path::PathBuf {
     // SAFETY: DataDir is a C string that is set before any library loads.
     let bytes = unsafe { std::ffi::CStr::from_ptr(pg_sys::DataDir) }.to_bytes();
     std::path::PathBuf::from(std::ffi::OsStr::from_bytes(bytes))
+}
+
+/// Free space of the data directory's file system, in MB.
+pub fn free_disk_mb() -> Option<u64> {
+    let path = std::ffi::CString::new(data_directory().into_os_string().into_encoded_bytes());
+    let path = path.ok()?;
+    // SAFETY: fills the structure, which is plain data.
+    unsafe {
+        let mut stat: libc::statvfs = std::mem::zeroed();
+        (libc::statvfs(path.as_ptr(), &mut stat) == 0)
+            .then(|| stat.f_bavail.saturating_mul(stat.f_frsize) / (1024 * 1024))
+    }
 }
 
 /// When the server last read its configuration.

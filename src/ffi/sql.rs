@@ -107,7 +107,9 @@ pub fn rows(sql: &str, args: &[Arg<'_>]) -> Result<Vec<Vec<Option<String>>>> {
         for row in table {
             let mut cells = Vec::with_capacity(columns);
             for column in 1..=columns {
-                let datum = row.get_datum_by_ordinal(column)?.value::<pgrx::AnyElement>()?;
+                let datum = row
+                    .get_datum_by_ordinal(column)?
+                    .value::<pgrx::AnyElement>()?;
                 cells.push(datum.map(|d| {
                     let bytes = super::text::detoasted(d.datum());
                     String::from_utf8_lossy(bytes).into_owned()

@@ -145,10 +145,7 @@ impl Table {
     pub fn blocks(&self) -> u32 {
         // SAFETY: open, with storage.
         unsafe {
-            pg_sys::RelationGetNumberOfBlocksInFork(
-                self.relation,
-                pg_sys::ForkNumber::MAIN_FORKNUM,
-            )
+            pg_sys::RelationGetNumberOfBlocksInFork(self.relation, pg_sys::ForkNumber::MAIN_FORKNUM)
         }
     }
 
@@ -331,13 +328,7 @@ impl<'a> Updater<'a> {
             let epq: *mut pg_sys::EPQState =
                 pg_sys::palloc0(std::mem::size_of::<pg_sys::EPQState>()).cast();
             #[cfg(feature = "pg15")]
-            pg_sys::EvalPlanQualInit(
-                epq,
-                estate,
-                std::ptr::null_mut(),
-                std::ptr::null_mut(),
-                -1,
-            );
+            pg_sys::EvalPlanQualInit(epq, estate, std::ptr::null_mut(), std::ptr::null_mut(), -1);
             #[cfg(any(feature = "pg16", feature = "pg18"))]
             pg_sys::EvalPlanQualInit(
                 epq,
@@ -492,8 +483,7 @@ unsafe fn range_table(estate: *mut pg_sys::EState, relation: pg_sys::Relation, c
         (*entry).rellockmode = pg_sys::AccessShareLock as i32;
         let mut updated = std::ptr::null_mut();
         for column in columns {
-            let member =
-                i32::from(*column) - pg_sys::FirstLowInvalidHeapAttributeNumber;
+            let member = i32::from(*column) - pg_sys::FirstLowInvalidHeapAttributeNumber;
             updated = pg_sys::bms_add_member(updated, member);
         }
         let entries = pg_sys::lappend(std::ptr::null_mut(), entry.cast());
@@ -510,12 +500,7 @@ unsafe fn range_table(estate: *mut pg_sys::EState, relation: pg_sys::Relation, c
             #[cfg(feature = "pg16")]
             pg_sys::ExecInitRangeTable(estate, entries, infos);
             #[cfg(feature = "pg18")]
-            pg_sys::ExecInitRangeTable(
-                estate,
-                entries,
-                infos,
-                pg_sys::bms_make_singleton(1),
-            );
+            pg_sys::ExecInitRangeTable(estate, entries, infos, pg_sys::bms_make_singleton(1));
         }
     }
 }

@@ -5,10 +5,10 @@
 //! everyone are captured once, and looked at until each has ended, prepared ones too. What seals
 //! later read the new active slot under its lock (I6).
 
+use crate::catalog::read::SlotRow;
 use crate::catalog::{self, work};
 use crate::error::Result;
 use crate::ffi::locks::{self, Holder};
-use crate::catalog::read::SlotRow;
 
 /// The transactions that may still seal under the slots of a wave.
 pub struct Barrier {

@@ -44,8 +44,6 @@ pub struct Worked {
     pub table: Option<Oid>,
     /// Rows re-encrypted.
     pub rewritten: i64,
-    /// Time that it took.
-    pub took: Duration,
 }
 
 /// The worker's memory between steps.
@@ -59,6 +57,9 @@ pub struct Drainer {
     touched: HashMap<Oid, std::ops::Range<u32>>,
     proofs_failed: u32,
     prove_again_at: Option<Instant>,
+    current: Option<Oid>,
+    by_age: bool,
+    ages_read_at: Option<Instant>,
 }
 
 /// A proof that finds stale rows so many times in a row is left for a while: something copies them.
@@ -77,11 +78,33 @@ impl Drainer {
             touched: HashMap::new(),
             proofs_failed: 0,
             prove_again_at: None,
+            current: None,
+            by_age: false,
+            ages_read_at: None,
         }
+    }
+
+    /// Also rotates keys that have passed their longest life.
+    pub fn by_age(mut self) -> Drainer {
+        self.by_age = true;
+        self
+    }
+
+    /// The table that the last step worked on.
+    pub fn current(&self) -> Option<Oid> {
+        self.current
     }
 
     /// Does the next thing, in the caller's transaction, which it then commits.
     pub fn step(&mut self) -> Result<Step> {
+        self.current = None;
+        if let Some(key) = self.key_of_age()? {
+            let slot = lifecycle::rotate(&key, "max_age reached")?;
+            return Ok(Step::Worked(Worked {
+                what: format!("rotated a key by age to slot {slot}"),
+                ..Worked::default()
+            }));
+        }
         let (leaves, troubles) = registry::leaves()?;
         let slots = targets()?;
         if leaves.is_empty() {
@@ -119,12 +142,35 @@ impl Drainer {
             }
         }
         if let Some((at, why)) = soonest {
-            return Ok(Step::Wait(at.saturating_duration_since(Instant::now()), why));
+            return Ok(Step::Wait(
+                at.saturating_duration_since(Instant::now()),
+                why,
+            ));
         }
+        self.current = None;
         if !self.proves {
             return Ok(Step::Idle(None));
         }
         self.prove(&leaves, &troubles, &slots, &wave)
+    }
+
+    /// A key that has passed its longest life, unless too many were rotated in this hour or an
+    /// earlier rotation still waits for its barrier.
+    fn key_of_age(&mut self) -> Result<Option<String>> {
+        const EVERY: Duration = Duration::from_secs(10);
+        let waiting = self.barrier.as_mut().map_or(Ok(None), Barrier::waits_for)?;
+        if !self.by_age || waiting.is_some() {
+            return Ok(None);
+        }
+        if self.ages_read_at.is_some_and(|at| at.elapsed() < EVERY) {
+            return Ok(None);
+        }
+        let (due, recent) = work::rotations_due()?;
+        if due.is_empty() || recent >= guc::max_rotations_per_hour() {
+            self.ages_read_at = Some(Instant::now());
+            return Ok(None);
+        }
+        Ok(due.into_iter().next())
     }
 
     /// Takes a table out of turn for a while after an error; the worker calls it when a step's
@@ -134,7 +180,10 @@ impl Drainer {
         let wait = if busy {
             Duration::from_millis(u64::from(tries.min(10)) * 100)
         } else {
-            Duration::from_millis(rekey_core::schedule::backoff_ms(tries, table.to_u32().into()))
+            Duration::from_millis(rekey_core::schedule::backoff_ms(
+                tries,
+                table.to_u32().into(),
+            ))
         };
         let until = Instant::now() + wait;
         self.resting.insert(table, (tries, until, why.to_string()));
@@ -144,6 +193,7 @@ impl Drainer {
 
     /// One batch of a table; None when its pass is complete.
     fn visit(&mut self, leaf: &Leaf, wave: &str) -> std::result::Result<Option<Worked>, Unable> {
+        self.current = Some(leaf.table);
         if let Some(why) = work::paused(leaf.table)? {
             return Err(Unable::Busy(why));
         }
@@ -177,7 +227,9 @@ impl Drainer {
         let mut report;
         let (mut cursor, mut left) = (pass.cursor, pass.left);
         if let Some(places) = self.findings.remove(&leaf.table) {
-            let count = places.len().min(usize::try_from(size.blocks()).unwrap_or(1) * 50);
+            let count = places
+                .len()
+                .min(usize::try_from(size.blocks()).unwrap_or(1) * 50);
             let (now, later) = places.split_at(count);
             report = rewrite::rewrite(leaf, &table, &Source::Places(now))?;
             if !later.is_empty() {
@@ -230,10 +282,12 @@ impl Drainer {
         }
         let total = f64::from(table.blocks().max(1));
         Ok(Some(Worked {
-            what: format!("{name}: {:.0} %", 100.0 * (1.0 - f64::from(left) / total).max(0.0)),
+            what: format!(
+                "{name}: {:.0} %",
+                100.0 * (1.0 - f64::from(left) / total).max(0.0)
+            ),
             table: Some(leaf.table),
             rewritten: report.rewritten,
-            took,
         }))
     }
 
@@ -281,9 +335,16 @@ impl Drainer {
             && at > Instant::now()
         {
             let why = "the last proofs found rows that something copies".to_string();
-            return Ok(Step::Wait(at.saturating_duration_since(Instant::now()), why));
+            return Ok(Step::Wait(
+                at.saturating_duration_since(Instant::now()),
+                why,
+            ));
         }
-        if !self.barrier.as_ref().is_some_and(|barrier| barrier.serves(wave)) {
+        if !self
+            .barrier
+            .as_ref()
+            .is_some_and(|barrier| barrier.serves(wave))
+        {
             self.barrier = Some(Barrier::capture(wave, slots)?);
         }
         if let Some(barrier) = &mut self.barrier
@@ -298,12 +359,14 @@ impl Drainer {
             blocked += work::quarantined(leaf.table)?;
         }
         if blocked > 0 {
-            work::note(all, "proof", &format!("{blocked} rows are under quarantine"))?;
+            work::note(
+                all,
+                "proof",
+                &format!("{blocked} rows are under quarantine"),
+            )?;
             return self.afterwards(leaves);
         }
-        let begin = Instant::now();
         let verdict = proof::prove(leaves, slots, guc::max_snapshot_age(), |_, _| Ok(()))?;
-        let took = begin.elapsed();
         let what = match verdict {
             Verdict::Clean(proof) => {
                 let drained = drain(slots, &proof)?;
@@ -337,7 +400,6 @@ impl Drainer {
         };
         Ok(Step::Worked(Worked {
             what,
-            took,
             ..Worked::default()
         }))
     }
@@ -502,13 +564,17 @@ pub fn may_go(slot: &SlotRow, leaves: &[Leaf], destroy: bool) -> Result<Option<S
                 places.push(format!("{} ({} rows)", table::name(oid)?, found.len()));
             }
             let places = places.join(", ");
-            return Ok(Some(format!("values are sealed under it again in {places}")));
+            return Ok(Some(format!(
+                "values are sealed under it again in {places}"
+            )));
         }
         Verdict::Changed(table) => return Ok(Some(format!("{table} changed meanwhile"))),
         Verdict::Unfinished(why) => return Ok(Some(why)),
     }
     if destroy && let Some(places) = super::elsewhere::of_slot(slot.id)? {
-        return Ok(Some(format!("unregistered columns hold values of it: {places}")));
+        return Ok(Some(format!(
+            "unregistered columns hold values of it: {places}"
+        )));
     }
     Ok(None)
 }

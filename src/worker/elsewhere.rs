@@ -132,7 +132,9 @@ pub fn of_slot(slot: SlotId) -> Result<Option<String>> {
 /// All places as a JSON array, for find_envelopes().
 pub fn as_json() -> Result<String> {
     let place = |place: Place| {
-        let slot = place.slot.map_or_else(|| "null".to_string(), |slot| slot.to_string());
+        let slot = place
+            .slot
+            .map_or_else(|| "null".to_string(), |slot| slot.to_string());
         format!(
             "{{\"table_name\":{},\"column_name\":{},\"slot_id\":{slot},\"envelopes\":{}}}",
             super::proof::json(&place.table),

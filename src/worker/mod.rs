@@ -8,5 +8,7 @@
 pub mod barrier;
 pub mod drain;
 pub mod elsewhere;
+pub mod launcher;
 pub mod proof;
 pub mod rewrite;
+pub mod throttle;

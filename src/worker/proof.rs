@@ -139,21 +139,26 @@ fn scan_leaf(
             }));
         }
         let end = record.blocks.min(next.saturating_add(CHUNK));
-        table.scan(snapshot, next..end.min(table.blocks()), &columns, |tid, values| {
-            record.rows += 1;
-            let names_one = |value: &Option<pg_sys::Datum>| {
-                value
-                    .and_then(stale::header)
-                    .is_some_and(|header| wanted.contains_key(&header.slot))
-            };
-            if values.iter().any(names_one)
-                && !dismissed.contains(&tid)
-                && found.len() < REMEMBERED
-            {
-                found.push(tid);
-            }
-            true
-        });
+        table.scan(
+            snapshot,
+            next..end.min(table.blocks()),
+            &columns,
+            |tid, values| {
+                record.rows += 1;
+                let names_one = |value: &Option<pg_sys::Datum>| {
+                    value
+                        .and_then(stale::header)
+                        .is_some_and(|header| wanted.contains_key(&header.slot))
+                };
+                if values.iter().any(names_one)
+                    && !dismissed.contains(&tid)
+                    && found.len() < REMEMBERED
+                {
+                    found.push(tid);
+                }
+                true
+            },
+        );
         next = end;
         drop(table);
         pgrx::check_for_interrupts!();
@@ -193,12 +198,7 @@ fn same(now: &[Leaf], then: &[Leaf]) -> bool {
     shapes(now) == shapes(then)
 }
 
-fn describe(
-    leaves: &[Leaf],
-    records: &[Record],
-    horizon: u64,
-    took: Duration,
-) -> Result<String> {
+fn describe(leaves: &[Leaf], records: &[Record], horizon: u64, took: Duration) -> Result<String> {
     let (system, database) = locks::identity();
     let mut tables = Vec::new();
     for (leaf, record) in leaves.iter().zip(records) {
@@ -299,7 +299,9 @@ fn standbys_behind(lsn: &str) -> Result<Option<String>> {
         &[sql::Arg::Text(lsn)],
     )?;
     if let Some(names) = behind {
-        return Ok(Some(format!("standbys have not replayed the proof: {names}")));
+        return Ok(Some(format!(
+            "standbys have not replayed the proof: {names}"
+        )));
     }
     let silent = sql::bigint(
         "SELECT count(*) FROM pg_catalog.pg_stat_replication r \
@@ -314,7 +316,9 @@ fn standbys_behind(lsn: &str) -> Result<Option<String>> {
         &[sql::Arg::Text(lsn)],
     )?;
     if let Some(names) = gone {
-        return Ok(Some(format!("disconnected standbys: replication slots {names}")));
+        return Ok(Some(format!(
+            "disconnected standbys: replication slots {names}"
+        )));
     }
     match (silent, delay) {
         (Some(0) | None, _) => Ok(None),

@@ -107,12 +107,7 @@ pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report
 }
 
 /// Rows of `blocks` with an envelope that is to be re-encrypted, or that cannot be.
-fn find(
-    table: &Table,
-    blocks: Range<u32>,
-    columns: &[i16],
-    scanned: &mut i64,
-) -> Result<Vec<Tid>> {
+fn find(table: &Table, blocks: Range<u32>, columns: &[i16], scanned: &mut i64) -> Result<Vec<Tid>> {
     let slots = stale::slots()?;
     let snapshot = Snapshot::latest();
     let mut places = Vec::new();

@@ -1,0 +1,234 @@
+//! The board on which sessions, launcher and workers leave word for each other: which databases
+//! have work, who works there, who must keep out.
+//!
+//! In shared memory, hence under shared_preload_libraries only; without it every call does nothing.
+//! No key material is ever here. Invariant: a wish that was posted is either taken by a worker that
+//! looks at the database afterwards, or still there.
+
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use pgrx::lwlock::PgLwLock;
+use pgrx::prelude::*;
+use pgrx::shmem::PGRXSharedMemory;
+use pgrx::{pg_shmem_init, pg_sys};
+
+/// Databases that the board has room for; beyond it everything is visited again.
+const ROOM: usize = 256;
+
+/// What is known of one database.
+#[derive(Clone, Copy, Default)]
+pub struct Entry {
+    /// Database; 0 is a free place.
+    pub database: u32,
+    /// Somebody wants it looked at.
+    pub wanted: bool,
+    /// Process that works there; 0 for none.
+    pub worker: i32,
+    /// The last visit ended as it should.
+    pub finished: bool,
+    /// Session that needs the database for itself.
+    pub barred_by: i32,
+    /// When it is due again, a TimestampTz; 0 for never.
+    pub due: i64,
+    /// Visits in a row that failed.
+    pub failures: u32,
+}
+
+/// The board.
+#[derive(Clone, Copy)]
+pub struct Board {
+    launcher: i32,
+    everything: bool,
+    entries: [Entry; ROOM],
+}
+
+impl Default for Board {
+    fn default() -> Self {
+        Board {
+            launcher: 0,
+            everything: false,
+            entries: [Entry::default(); ROOM],
+        }
+    }
+}
+
+// SAFETY: plain data without pointers.
+unsafe impl PGRXSharedMemory for Board {}
+
+// SAFETY: the name is used once.
+static BOARD: PgLwLock<Board> = unsafe { PgLwLock::new(c"pg_rekey board") };
+static THERE: AtomicBool = AtomicBool::new(false);
+
+/// Asks for the memory. Called once, while the libraries are preloaded.
+pub fn init() {
+    pg_shmem_init!(BOARD);
+    THERE.store(true, Relaxed);
+}
+
+fn with<R>(body: impl FnOnce(&mut Board) -> R) -> Option<R> {
+    THERE.load(Relaxed).then(|| body(&mut BOARD.exclusive()))
+}
+
+impl Board {
+    fn entry(&mut self, database: u32) -> Option<&mut Entry> {
+        let entries = &mut self.entries;
+        let at = entries
+            .iter()
+            .position(|e| e.database == database)
+            .or_else(|| entries.iter().position(|e| e.database == 0));
+        let Some(at) = at else {
+            self.everything = true;
+            return None;
+        };
+        if self.entries[at].database != database {
+            self.entries[at] = Entry {
+                database,
+                ..Entry::default()
+            };
+        }
+        Some(&mut self.entries[at])
+    }
+}
+
+/// Has a database looked at soon. Never fails, never waits long: called after a commit.
+pub fn wake(database: pg_sys::Oid) {
+    let told = with(|board| {
+        let launcher = board.launcher;
+        let worker = board.entry(database.to_u32()).map_or(0, |entry| {
+            entry.wanted = true;
+            entry.worker
+        });
+        (launcher, worker)
+    });
+    if let Some((launcher, worker)) = told {
+        rouse(launcher);
+        rouse(worker);
+    }
+}
+
+/// Sets the latch of a process, if it is still there.
+fn rouse(process: i32) {
+    if process <= 0 {
+        return;
+    }
+    // SAFETY: a lookup under its own lock; a PGPROC is never unmapped, and a latch set for a
+    // process that has just ended wakes its successor once for nothing.
+    unsafe {
+        let proc_ = pg_sys::BackendPidGetProc(process);
+        if !proc_.is_null() {
+            pg_sys::SetLatch(&mut (*proc_).procLatch);
+        }
+    }
+}
+
+/// Whether a process is connected to the server.
+pub fn is_alive(process: i32) -> bool {
+    // SAFETY: a lookup under its own lock.
+    process > 0 && unsafe { !pg_sys::BackendPidGetProc(process).is_null() }
+}
+
+/// The launcher takes its place. Workers of an earlier launcher end by themselves.
+pub fn launcher_is(process: i32) {
+    with(|board| {
+        board.launcher = process;
+        board.everything = true;
+    });
+}
+
+/// Whether every database is to be visited; answers true once.
+pub fn everything() -> bool {
+    with(|board| std::mem::take(&mut board.everything)).unwrap_or(false)
+}
+
+/// Has every database visited.
+pub fn want_everything() {
+    with(|board| board.everything = true);
+}
+
+/// All databases on the board.
+pub fn entries() -> Vec<Entry> {
+    with(|board| {
+        let known = board.entries.iter().filter(|entry| entry.database != 0);
+        known.copied().collect()
+    })
+    .unwrap_or_default()
+}
+
+/// Changes the entry of a database.
+pub fn change(database: u32, change: impl FnOnce(&mut Entry)) {
+    with(|board| board.entry(database).map(change));
+}
+
+/// Takes a database that is gone off the board.
+pub fn forget(database: u32) {
+    with(|board| {
+        for entry in &mut board.entries {
+            if entry.database == database {
+                *entry = Entry::default();
+            }
+        }
+    });
+}
+
+/// The worker of a database is done, unless somebody has wanted it again meanwhile: then it takes
+/// the wish, and goes on.
+pub fn finish(database: u32, due: Option<i64>) -> bool {
+    with(|board| match board.entry(database) {
+        Some(entry) => {
+            if std::mem::take(&mut entry.wanted) {
+                return false;
+            }
+            entry.due = due.unwrap_or(0);
+            entry.finished = true;
+            entry.failures = 0;
+            true
+        }
+        None => true,
+    })
+    .unwrap_or(true)
+}
+
+/// Takes the wish for a database.
+pub fn take_wish(database: u32) {
+    change(database, |entry| entry.wanted = false);
+}
+
+/// Keeps workers out of a database for as long as it lives.
+pub struct Bar(u32);
+
+impl Bar {
+    /// Bars the database, ends its worker and waits until it is gone.
+    pub fn put(database: pg_sys::Oid) -> Bar {
+        let number = database.to_u32();
+        let process = super::session::process();
+        with(|board| board.entry(number).map(|entry| entry.barred_by = process));
+        let bar = Bar(number);
+        loop {
+            let worker = entries()
+                .into_iter()
+                .find(|entry| entry.database == number)
+                .map_or(0, |entry| entry.worker);
+            if !is_alive(worker) {
+                return bar;
+            }
+            // SAFETY: a process of this server, which BackendPidGetProc has just found.
+            unsafe { libc::kill(worker, libc::SIGTERM) };
+            super::session::sleep_ms(20);
+        }
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        let number = self.0;
+        with(|board| {
+            for entry in &mut board.entries {
+                if entry.database == number {
+                    entry.barred_by = 0;
+                    entry.wanted = true;
+                }
+            }
+        });
+        rouse(with(|board| board.launcher).unwrap_or(0));
+    }
+}

@@ -1,0 +1,227 @@
+//! Who starts whom.
+//!
+//! The launcher is started by the postmaster when recovery has ended. It is connected to no
+//! database, so that it never stands in the way of DROP DATABASE. It visits each database once at
+//! its start, and later only those that a committed change has posted on the board (ffi::shared) or
+//! whose time has come, by starting a worker there, at most rekey.max_workers at once. Otherwise it
+//! sleeps on its latch, without a timeout. A worker ends when nothing is left to do; one that fails
+//! is started again after a back-off. What a step fails with is logged by SQLSTATE: the text may
+//! quote values.
+
+use std::time::Duration;
+
+use pgrx::pg_sys::{self, Oid};
+use rekey_core::schedule::{self, Facts, Limits};
+
+use super::drain::{Drainer, Step};
+use super::throttle;
+use crate::ffi::background::{self, Started};
+use crate::ffi::{hooks, scan, session, shared};
+use crate::guc;
+
+/// The launcher's process.
+#[unsafe(no_mangle)]
+#[pgrx::pg_guard]
+pub extern "C-unwind" fn pg_rekey_launcher_main(_arg: pg_sys::Datum) {
+    background::connect_to_none();
+    shared::launcher_is(session::process());
+    let mut running: Vec<(u32, Started)> = Vec::new();
+    let mut was_on = true;
+    loop {
+        pgrx::check_for_interrupts!();
+        running.retain(|(database, worker)| {
+            let ended = worker.ended();
+            if ended {
+                take_leave(*database);
+            }
+            !ended
+        });
+        let on = guc::worker();
+        if on && !was_on {
+            shared::want_everything();
+        }
+        was_on = on;
+        let sleep = if on { launch(&mut running) } else { None };
+        background::sleep(sleep);
+    }
+}
+
+/// Starts what is wanted and allowed; says when to look again.
+fn launch(running: &mut Vec<(u32, Started)>) -> Option<Duration> {
+    let allowed = guc::databases();
+    if shared::everything() {
+        let all = background::transaction(|| Ok(background::databases()));
+        for (database, name) in all.unwrap_or_default() {
+            if allowed.as_ref().is_none_or(|list| list.contains(&name)) {
+                shared::change(database, |entry| entry.wanted = true);
+            }
+        }
+    }
+    let now = background::now();
+    let mut soonest: Option<i64> = None;
+    for entry in shared::entries() {
+        let due = entry.due != 0 && entry.due <= now;
+        let mut later = (entry.due > now).then_some(entry.due);
+        if (entry.wanted || due) && !running.iter().any(|(db, _)| *db == entry.database) {
+            let barred = entry.barred_by != 0 && shared::is_alive(entry.barred_by);
+            let resting = entry.failures > 0 && entry.due > now;
+            if !barred && !resting && running.len() < guc::max_workers() {
+                if !may_visit(entry.database, allowed.as_deref()) {
+                    shared::forget(entry.database);
+                    continue;
+                }
+                shared::change(entry.database, |entry| {
+                    entry.wanted = false;
+                    entry.due = 0;
+                    entry.finished = false;
+                });
+                match Started::start(Oid::from_u32(entry.database)) {
+                    Some(worker) => running.push((entry.database, worker)),
+                    None => {
+                        // All of max_worker_processes are taken: look again in a while.
+                        let again = now + 5_000_000;
+                        shared::change(entry.database, |entry| entry.due = again);
+                        later = Some(again);
+                    }
+                }
+            }
+        }
+        soonest = [soonest, later].into_iter().flatten().min();
+    }
+    soonest.map(|at| Duration::from_micros(u64::try_from(at - now).unwrap_or(0)))
+}
+
+/// Whether the database is still there and on the list.
+fn may_visit(database: u32, allowed: Option<&[String]>) -> bool {
+    let all = background::transaction(|| Ok(background::databases())).unwrap_or_default();
+    let name = all.into_iter().find(|(oid, _)| *oid == database);
+    name.is_some_and(|(_, name)| allowed.is_none_or(|list| list.contains(&name)))
+}
+
+/// A worker has ended: well, or to be tried again after a back-off.
+fn take_leave(database: u32) {
+    shared::change(database, |entry| {
+        entry.worker = 0;
+        if !entry.finished && entry.barred_by == 0 {
+            entry.failures += 1;
+            let wait = schedule::backoff_ms(entry.failures, u64::from(database));
+            entry.wanted = true;
+            entry.due = background::now() + i64::try_from(wait * 1000).unwrap_or(i64::MAX);
+        }
+    });
+}
+
+/// A worker's process.
+#[unsafe(no_mangle)]
+#[pgrx::pg_guard]
+pub extern "C-unwind" fn pg_rekey_worker_main(arg: pg_sys::Datum) {
+    let database = Oid::from_u32(u32::try_from(arg.value() & 0xffff_ffff).unwrap_or(0));
+    shared::change(database.to_u32(), |entry| {
+        entry.worker = session::process();
+    });
+    background::connect_to(database);
+    hooks::never_wake();
+    work();
+    background::report("");
+}
+
+/// Failures of a step in a row after which the process ends, to begin afresh after a back-off.
+const FAILURES: u32 = 5;
+
+/// Works until nothing is left. What is due later stands on the board then.
+fn work() {
+    let database = background::database();
+    let there = background::transaction(|| {
+        let table = scan::relation(c"registered_column");
+        Ok(table.is_some_and(scan::belongs_to_us))
+    });
+    if !there.unwrap_or(false) {
+        shared::finish(database, None);
+        return;
+    }
+    let mut drainer = Drainer::new(None, true).by_age();
+    let mut throttle = throttle::Gauge::default();
+    let mut failures = 0;
+    while guc::worker() {
+        let wal = background::wal_written();
+        let begin = std::time::Instant::now();
+        let step = background::transaction(|| drainer.step());
+        let worked_ms = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
+        match step {
+            Ok(Step::Worked(worked)) => {
+                failures = 0;
+                background::report(&worked.what);
+                let mut facts = Facts {
+                    worked_ms,
+                    wal_bytes: background::wal_written() - wal,
+                    ..Facts::default()
+                };
+                let mut rested = false;
+                while let Some((ms, brake)) = {
+                    let known = background::transaction(|| throttle.read(&mut facts, worked.table));
+                    known.ok().and_then(|()| schedule::rest(&facts, &limits()))
+                } {
+                    // A pause for the work just done is made once; an alarm until it is over.
+                    let alarm =
+                        !matches!(brake, schedule::Brake::WorkRatio | schedule::Brake::WalRate);
+                    if rested && !alarm {
+                        break;
+                    }
+                    if alarm {
+                        background::report(&format!("{}; rests: {}", worked.what, brake.words()));
+                        let _ = background::transaction(|| {
+                            let table = worked.table.unwrap_or(pg_sys::InvalidOid);
+                            crate::catalog::work::note(table, "", brake.words())
+                        });
+                    }
+                    rested = true;
+                    background::sleep(Some(Duration::from_millis(ms)));
+                    facts.worked_ms = 0;
+                    facts.wal_bytes = 0;
+                    if !guc::worker() {
+                        break;
+                    }
+                }
+            }
+            Ok(Step::Wait(time, why)) => {
+                failures = 0;
+                background::report(&why);
+                background::sleep(Some(time.max(Duration::from_millis(50))));
+                shared::take_wish(database);
+            }
+            Ok(Step::Idle(due)) => {
+                let due = due.map(|s| background::now() + s.clamp(5, 86_400 * 365) * 1_000_000);
+                if shared::finish(database, due) {
+                    return;
+                }
+            }
+            Err(failure) => {
+                failures += 1;
+                pgrx::log!(
+                    "pg_rekey worker: a step failed with SQLSTATE {}",
+                    failure.sqlstate
+                );
+                let table = drainer.current();
+                let rested = table.map(|table| {
+                    let why = format!("failed with SQLSTATE {}", failure.sqlstate);
+                    background::transaction(|| drainer.rest(table, &why, false).map(|_| ()))
+                });
+                if rested.is_none() || failures >= FAILURES {
+                    return;
+                }
+            }
+        }
+    }
+    // Switched off: not a failure.
+    shared::finish(database, None);
+}
+
+fn limits() -> Limits {
+    Limits {
+        work_ratio: guc::work_ratio(),
+        wal_rate: guc::max_wal_rate_kb().map(|kb| kb * 1024),
+        lag_ms: guc::max_replication_lag_ms(),
+        dead_ratio: guc::max_dead_ratio(),
+        free_disk_mb: guc::min_free_disk_mb(),
+    }
+}

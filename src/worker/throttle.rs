@@ -1,0 +1,79 @@
+//! What the server's state says to the worker's pace: lag, archiving, slots, dead rows, disk.
+//!
+//! Called by the worker between batches, at most once a second. Judged by the pure
+//! rekey_core::schedule.
+
+use std::time::{Duration, Instant};
+
+use pgrx::pg_sys::Oid;
+use rekey_core::schedule::Facts;
+
+use crate::error::Result;
+use crate::ffi::session;
+use crate::ffi::sql::{Arg, bigint};
+use crate::guc;
+
+/// The last reading.
+#[derive(Default)]
+pub struct Gauge {
+    read_at: Option<Instant>,
+    last: Facts,
+}
+
+impl Gauge {
+    /// Fills in what the server's state is, not older than a second.
+    pub fn read(&mut self, facts: &mut Facts, table: Option<Oid>) -> Result<()> {
+        let fresh = Duration::from_secs(1);
+        if self.read_at.is_none_or(|at| at.elapsed() >= fresh) {
+            self.last = read(table)?;
+            self.read_at = Some(Instant::now());
+        }
+        *facts = Facts {
+            worked_ms: facts.worked_ms,
+            wal_bytes: facts.wal_bytes,
+            ..self.last
+        };
+        Ok(())
+    }
+}
+
+fn read(table: Option<Oid>) -> Result<Facts> {
+    let standbys = guc::lag_standbys().map(|names| {
+        let quoted = names.iter().map(|n| format!("\"{}\"", n.replace('"', "")));
+        format!("{{{}}}", quoted.collect::<Vec<_>>().join(","))
+    });
+    let lag_ms = bigint(
+        "SELECT coalesce(max(extract(epoch FROM coalesce(replay_lag, '0'::interval)) * 1000), \
+             0)::bigint \
+           FROM pg_catalog.pg_stat_replication \
+          WHERE $1::text IS NULL OR application_name = ANY ($1::text[])",
+        &[Arg::OptionalText(standbys.as_deref())],
+    )?;
+    let archiver = bigint(
+        "SELECT count(*) FROM pg_catalog.pg_stat_archiver \
+          WHERE last_failed_time > coalesce(last_archived_time, '-infinity')",
+        &[],
+    )?;
+    let losing = bigint(
+        "SELECT count(*) FROM pg_catalog.pg_replication_slots WHERE wal_status = 'unreserved'",
+        &[],
+    )?;
+    let dead = match table {
+        None => None,
+        Some(table) => bigint(
+            "SELECT (1000000 * pg_catalog.pg_stat_get_dead_tuples($1)::numeric / greatest(1, \
+                 pg_catalog.pg_stat_get_live_tuples($1) \
+                 + pg_catalog.pg_stat_get_dead_tuples($1)))::bigint",
+            &[Arg::Oid(table)],
+        )?,
+    };
+    let parts = u32::try_from(dead.unwrap_or(0).clamp(0, 1_000_000)).unwrap_or(0);
+    Ok(Facts {
+        lag_ms: u64::try_from(lag_ms.unwrap_or(0)).unwrap_or(0),
+        dead_ratio: f64::from(parts) / 1e6,
+        free_disk_mb: session::free_disk_mb(),
+        archiver_fails: archiver.unwrap_or(0) > 0,
+        slot_loses_wal: losing.unwrap_or(0) > 0,
+        ..Facts::default()
+    })
+}

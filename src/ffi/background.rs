@@ -223,10 +223,8 @@ pub fn databases() -> Vec<(u32, String)> {
     let mut found = Vec::new();
     // SAFETY: a scan of the shared catalog pg_database under the catalog snapshot, closed here.
     unsafe {
-        let relation = pg_sys::table_open(
-            pg_sys::Oid::from(pg_sys::DatabaseRelationId),
-            pg_sys::AccessShareLock as i32,
-        );
+        let relation =
+            pg_sys::table_open(pg_sys::DatabaseRelationId, pg_sys::AccessShareLock as i32);
         let scan = pg_sys::systable_beginscan(
             relation,
             pg_sys::InvalidOid,

@@ -249,6 +249,7 @@ static mut NEXT_UTILITY: pg_sys::ProcessUtility_hook_type = None;
 /// Keeps our workers out of the way of commands that need a database for themselves, which
 /// PostgreSQL before 19 cannot do, and wakes them after COMMIT PREPARED, which runs no commit
 /// callback.
+#[allow(clippy::too_many_arguments, reason = "PostgreSQL's hook")]
 #[pg_guard]
 unsafe extern "C-unwind" fn process_utility(
     statement: *mut pg_sys::PlannedStmt,

@@ -16,10 +16,10 @@ impl Caught {
     /// The five characters.
     pub fn sqlstate(self) -> String {
         // MAKE_SQLSTATE of src/include/utils/elog.h: six bits a character, the first lowest.
-        let mut code = self.0 as i32 as u32;
+        let mut code = self.0 as i32;
         let mut text = String::with_capacity(5);
         for _ in 0..5 {
-            text.push(char::from((code as u8 & 0x3f) + b'0'));
+            text.push(char::from(u8::try_from(code & 0x3f).unwrap_or(0) + b'0'));
             code >>= 6;
         }
         text

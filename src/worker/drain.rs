@@ -223,7 +223,7 @@ impl Drainer {
         cache::enter_barrier()?;
         let pass = self.pass(&table, wave)?;
         let name = table::name(leaf.table)?;
-        let size = self.sizes.entry(leaf.table).or_insert_with(BatchSize::new);
+        let size = self.sizes.entry(leaf.table).or_default();
         let mut report;
         let (mut cursor, mut left) = (pass.cursor, pass.left);
         if let Some(places) = self.findings.remove(&leaf.table) {
@@ -463,7 +463,6 @@ impl Drainer {
             what: format!("retried {} rows", due.len()),
             table: Some(leaf.table),
             rewritten: report.rewritten,
-            ..Worked::default()
         }))
     }
 }

@@ -284,8 +284,10 @@ impl Drop for Snapshot {
 pub enum Updated {
     /// It has a new version.
     Done,
-    /// Somebody else has it locked, or has changed it meanwhile.
-    Skipped,
+    /// Somebody else has it locked.
+    Locked,
+    /// Somebody else has changed or deleted it meanwhile: this version is history.
+    Moved,
     /// Nothing was to change in it.
     Unchanged,
     /// A trigger of the table's has refused the change silently.
@@ -393,8 +395,10 @@ impl<'a> Updater<'a> {
                 0,
                 &mut failure,
             );
-            if locked != pg_sys::TM_Result::TM_Ok {
-                return Ok(Updated::Skipped);
+            match locked {
+                pg_sys::TM_Result::TM_Ok => {}
+                pg_sys::TM_Result::TM_WouldBlock => return Ok(Updated::Locked),
+                _ => return Ok(Updated::Moved),
             }
             let previous = pg_sys::CurrentMemoryContext;
             pg_sys::CurrentMemoryContext = self.tuples;

@@ -226,19 +226,10 @@ impl Drainer {
         let size = self.sizes.entry(leaf.table).or_default();
         let mut report;
         let (mut cursor, mut left) = (pass.cursor, pass.left);
-        if let Some(places) = self.findings.remove(&leaf.table) {
-            let count = places
-                .len()
-                .min(usize::try_from(size.blocks()).unwrap_or(1) * 50);
-            let (now, later) = places.split_at(count);
-            report = rewrite::rewrite(leaf, &table, &Source::Places(now))?;
-            if !later.is_empty() {
-                self.findings.insert(leaf.table, later.to_vec());
-            }
-        } else if !due.is_empty() {
+        if !due.is_empty() {
             report = rewrite::rewrite(leaf, &table, &Source::Places(&due))?;
             settle(leaf.table, &due, &report)?;
-        } else {
+        } else if left > 0 {
             if let Some(earlier) = self.touched.remove(&leaf.table) {
                 table.reclaim(earlier);
             }
@@ -254,6 +245,16 @@ impl Drainer {
             }
             cursor += count;
             left = if count == 0 { 0 } else { left - count };
+        } else {
+            let places = self.findings.remove(&leaf.table).unwrap_or_default();
+            let count = places
+                .len()
+                .min(usize::try_from(size.blocks()).unwrap_or(1) * 50);
+            let (now, later) = places.split_at(count);
+            report = rewrite::rewrite(leaf, &table, &Source::Places(now))?;
+            if !later.is_empty() {
+                self.findings.insert(leaf.table, later.to_vec());
+            }
         }
         for failure in &report.failed {
             work::quarantine(leaf.table, failure)?;
@@ -261,7 +262,7 @@ impl Drainer {
         let done = Done {
             scanned: report.scanned,
             rewritten: report.rewritten,
-            skipped: i64::try_from(report.skipped.len()).unwrap_or(0),
+            skipped: report.moved + i64::try_from(report.locked.len()).unwrap_or(0),
         };
         work::advance(leaf.table, cursor, left, &done)?;
         let took = begin.elapsed();
@@ -274,11 +275,12 @@ impl Drainer {
         } else {
             self.resting.remove(&leaf.table);
         }
-        // Whoever had these rows is done soon, or the proof finds them again.
-        let skipped = std::mem::take(&mut report.skipped);
-        if left == 0 && !skipped.is_empty() && !self.findings.contains_key(&leaf.table) {
-            self.findings.insert(leaf.table, skipped);
-            self.rest(leaf.table, "rows of it are locked", true)?;
+        if !report.locked.is_empty() {
+            let later = self.findings.entry(leaf.table).or_default();
+            later.append(&mut report.locked);
+            if left == 0 {
+                self.rest(leaf.table, "rows of it are locked", true)?;
+            }
         }
         let total = f64::from(table.blocks().max(1));
         Ok(Some(Worked {

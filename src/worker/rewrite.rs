@@ -44,8 +44,10 @@ pub struct Report {
     pub scanned: i64,
     /// Rows re-encrypted.
     pub rewritten: i64,
-    /// Rows that somebody else had locked or changed.
-    pub skipped: Vec<Tid>,
+    /// Rows that somebody else had locked: to be tried again.
+    pub locked: Vec<Tid>,
+    /// Rows that somebody else has changed meanwhile: the proof finds their new versions.
+    pub moved: i64,
     /// Rows that do not open or do not update.
     pub failed: Vec<Failure>,
     /// The owner's code took too long.
@@ -83,13 +85,13 @@ pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report
     while let Some(part) = parts.pop() {
         if begin.elapsed().as_millis() > HALVING_MS {
             report.slow = true;
-            report.skipped.extend_from_slice(part);
+            report.locked.extend_from_slice(part);
             continue;
         }
         match job.attempt(part)? {
             Ok(attempt) => attempt.join(&mut report),
             Err(caught) => match Verdict::of(caught) {
-                Verdict::Retry => report.skipped.extend_from_slice(part),
+                Verdict::Retry => report.locked.extend_from_slice(part),
                 Verdict::Fatal => return Err(Error::Owner(caught.0)),
                 Verdict::Row if part.len() == 1 => report.failed.push(Failure {
                     tid: part[0],
@@ -153,14 +155,16 @@ impl Verdict {
 #[derive(Default)]
 struct Attempt {
     rewritten: i64,
-    skipped: Vec<Tid>,
+    locked: Vec<Tid>,
+    moved: i64,
     failed: Vec<Failure>,
 }
 
 impl Attempt {
     fn join(self, report: &mut Report) {
         report.rewritten += self.rewritten;
-        report.skipped.extend(self.skipped);
+        report.locked.extend(self.locked);
+        report.moved += self.moved;
         report.failed.extend(self.failed);
     }
 }
@@ -184,7 +188,8 @@ impl Job<'_> {
                 let updated = updater.update(tid, |row| self.change(row, &mut bad))?;
                 match updated {
                     Updated::Done => attempt.rewritten += 1,
-                    Updated::Skipped => attempt.skipped.push(tid),
+                    Updated::Locked => attempt.locked.push(tid),
+                    Updated::Moved => attempt.moved += 1,
                     Updated::Unchanged => {}
                     Updated::Suppressed => bad.push((None, "09000".to_string())),
                 }

@@ -1,0 +1,611 @@
+//! From a rotation to a drained slot and to its end, by CALL rekey.reencrypt(): the hard cases of
+//! the barrier, the passes, the proof and the horizon, each by name.
+
+use std::sync::OnceLock;
+
+use postgres::Client;
+use rekey_tests::{Ask, Cluster, Database, Options, wait_until};
+
+fn cluster() -> &'static Cluster {
+    static CLUSTER: OnceLock<Cluster> = OnceLock::new();
+    CLUSTER.get_or_init(|| {
+        Cluster::start(
+            Options::preloaded()
+                .set("rekey.worker = off")
+                .set("max_prepared_transactions = 10")
+                .set("autovacuum = off"),
+        )
+    })
+}
+
+/// A database with a key without grace and a registered table of ten rows.
+fn database(name: &str) -> Database<'static> {
+    let database = cluster().database(name);
+    database.connect().run(
+        "SELECT rekey.create_key('pii', grace => '0');
+         CREATE TABLE t (id int PRIMARY KEY, c bytea, shadow text, n int DEFAULT 0);
+         INSERT INTO t SELECT i, encrypt_col('v' || i, 'pii'), 'v' || i
+           FROM generate_series(1, 10) AS i;
+         SELECT rekey.register_column('t', 'c')",
+    );
+    database
+}
+
+const STALE: &str = "SELECT count(*) FROM t WHERE rekey.slot_id(c) IS DISTINCT FROM \
+                     (SELECT active_slot FROM rekey.keys)";
+const WRONG: &str = "SELECT count(*) FROM t WHERE decrypt_col(c) IS DISTINCT FROM shadow";
+
+fn states(client: &mut Client) -> Vec<String> {
+    client.column("SELECT state FROM rekey.slots ORDER BY version")
+}
+
+fn old_slot(client: &mut Client) -> String {
+    client.text("SELECT min(version)::text FROM rekey.slots");
+    client.text("SELECT slot_id::text FROM rekey.slots ORDER BY version LIMIT 1")
+}
+
+fn reencrypt(client: &mut Client) {
+    client.run("CALL rekey.reencrypt()");
+}
+
+/// Disables or destroys a slot as soon as the transactions of the tests beside this one are over:
+/// snapshots here are held back by older ones in other databases.
+fn end(client: &mut Client, function: &str, slot: &str) {
+    let sql = format!("SELECT rekey.{function}({slot})");
+    wait_until("older transactions have ended", || {
+        match client.attempt(&sql) {
+            Ok(()) => true,
+            Err(refusal) if refusal.detail.starts_with("Older transactions") => false,
+            Err(refusal) => panic!("{sql}: {}", refusal.text()),
+        }
+    });
+}
+
+/// The refusal of disable_slot or destroy_slot that names `what`, once the tests beside this one
+/// are not in the way.
+fn refused(client: &mut Client, function: &str, slot: &str, what: &str) {
+    let sql = format!("SELECT rekey.{function}({slot})");
+    wait_until("the refusal names what is in the way", || {
+        let refusal = client.attempt(&sql).expect_err(&sql);
+        assert_eq!(refusal.code, "55000");
+        refusal.detail.contains(what)
+    });
+}
+
+/// What the tables' progress says, all of it.
+const WAITS: &str = "SELECT coalesce(string_agg(phase || ' ' || waits_for, ', '), '') \
+                     FROM rekey.progress";
+
+#[test]
+fn a_rotation_ends_in_a_drained_slot_with_its_proof() {
+    let database = database("ends");
+    let mut client = database.connect();
+    client.run("SELECT rotate_key('pii')");
+    assert_eq!(client.number(STALE), 10);
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!(client.number(STALE), 0);
+    assert_eq!(client.number(WRONG), 0);
+    let proof = "SELECT proof->'tables'->0->>'table' || ' ' || (proof->'tables'->0->>'rows') \
+                   FROM rekey.slots WHERE state = 'drained'";
+    assert_eq!(client.text(proof), "public.t 10");
+    assert!(client.truth(
+        "SELECT (proof->>'lsn')::pg_lsn <= pg_current_wal_insert_lsn() \
+            AND proof ?& '{at,horizon,system_identifier,database,exceptions}' \
+           FROM rekey.slots WHERE state = 'drained'"
+    ));
+    let slot = old_slot(&mut client);
+    end(&mut client, "disable_slot", &slot);
+    end(&mut client, "destroy_slot", &slot);
+    assert_eq!(states(&mut client), ["destroyed", "active"]);
+    assert_eq!(client.number(WRONG), 0);
+}
+
+#[test]
+fn re_encryption_keeps_kind_payload_and_context() {
+    let database = database("keeps");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE k (id int, bound bytea, num bytea, bin bytea, gone bytea);
+         INSERT INTO k SELECT i, encrypt_col('b', 'pii', rekey.context('k', i::text)),
+             encrypt_col(i::numeric / 3, 'pii'), encrypt_col('\\xf9ff'::bytea, 'pii'), NULL
+           FROM generate_series(1, 3) AS i;
+         SELECT rekey.register_column('k', 'bound', 'rekey.context(''k'', id::text)');
+         SELECT rekey.register_column('k', 'num'); SELECT rekey.register_column('k', 'bin');
+         SELECT rekey.register_column('k', 'gone');
+         SELECT rotate_key('pii')",
+    );
+    reencrypt(&mut client);
+    assert_eq!(
+        client.column("SELECT decrypt_col(bound, rekey.context('k', id::text)) FROM k"),
+        ["b", "b", "b"]
+    );
+    assert!(
+        client
+            .truth("SELECT bool_and(decrypt_col_as(num, NULL::numeric) = id::numeric / 3) FROM k")
+    );
+    assert!(client.truth("SELECT bool_and(decrypt_col_as(bin, NULL::bytea) = '\\xf9ff') FROM k"));
+    assert_eq!(
+        client.column("SELECT DISTINCT (rekey.describe(num)).kind FROM k"),
+        ["typed"]
+    );
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    client.refuse("SELECT decrypt_col(bound, 'other') FROM k", "39000");
+}
+
+#[test]
+fn an_old_transaction_that_seals_before_and_after_a_rotation_and_commits_late_loses_nothing() {
+    let database = database("late");
+    let (mut old, mut client) = (database.connect(), database.connect());
+    old.run("BEGIN");
+    old.run("INSERT INTO t SELECT 11, encrypt_col('v11', 'pii'), 'v11'");
+    client.run("SELECT rotate_key('pii')");
+    old.run("INSERT INTO t SELECT 12, encrypt_col('v12', 'pii'), 'v12'");
+    let pid = old.number("SELECT pg_backend_pid()");
+    let mut other = database.connect();
+    let run = std::thread::spawn(move || reencrypt(&mut other));
+    wait_until("the barrier names the session", || {
+        client.text(WAITS) == format!("barrier waits for pid {pid}")
+    });
+    assert_eq!(states(&mut client), ["previous", "active"]);
+    old.run("COMMIT");
+    run.join().expect("CALL reencrypt");
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+}
+
+#[test]
+fn a_value_kept_in_a_variable_across_a_savepoint_rollback_is_found() {
+    let database = database("variable");
+    let (mut old, mut client) = (database.connect(), database.connect());
+    old.run(
+        "CREATE FUNCTION keep() RETURNS void LANGUAGE plpgsql AS $$
+         DECLARE kept bytea;
+         BEGIN
+             BEGIN
+                 kept := encrypt_col('kept', 'pii');
+                 PERFORM 1 / 0;
+             EXCEPTION WHEN division_by_zero THEN NULL;
+             END;
+             PERFORM pg_advisory_lock(1);
+             INSERT INTO t VALUES (11, kept, 'kept');
+         END $$",
+    );
+    let mut gate = database.connect();
+    gate.run("SELECT pg_advisory_lock(1)");
+    let sealing = std::thread::spawn(move || old.run("SELECT keep()"));
+    wait_until("the function waits at the gate", || {
+        client.number(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted \
+                AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+        ) == 1
+    });
+    client.run("SELECT rotate_key('pii')");
+    let mut other = database.connect();
+    let run = std::thread::spawn(move || reencrypt(&mut other));
+    wait_until("the barrier waits", || {
+        client.number("SELECT count(*) FROM rekey.progress WHERE phase = 'barrier'") == 1
+    });
+    gate.run("SELECT pg_advisory_unlock(1)");
+    sealing.join().expect("the function");
+    run.join().expect("CALL reencrypt");
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+}
+
+#[test]
+fn a_prepared_transaction_holds_the_barrier_also_across_a_restart() {
+    // Its own cluster: it is restarted.
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("rekey.worker = off")
+            .set("max_prepared_transactions = 10"),
+    );
+    let database = cluster.database("prepared");
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.create_key('pii', grace => '0');
+         CREATE TABLE t (id int PRIMARY KEY, c bytea, shadow text);
+         SELECT rekey.register_column('t', 'c')",
+    );
+    client.run("BEGIN; INSERT INTO t SELECT 1, encrypt_col('v1', 'pii'), 'v1'");
+    client.run("PREPARE TRANSACTION 'one'");
+    client.run("SELECT rotate_key('pii')");
+    drop(client);
+    cluster.restart("fast");
+    let mut client = database.connect();
+    let mut other = database.connect();
+    let run = std::thread::spawn(move || reencrypt(&mut other));
+    wait_until("the barrier names the gid", || {
+        client.text(WAITS) == "barrier waits for prepared transaction 'one'"
+    });
+    client.run("COMMIT PREPARED 'one'");
+    run.join().expect("CALL reencrypt");
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+}
+
+#[test]
+fn a_transaction_that_is_prepared_while_the_barrier_waits_is_waited_for_still() {
+    let database = database("prepares");
+    let (mut old, mut client) = (database.connect(), database.connect());
+    old.run("BEGIN; INSERT INTO t SELECT 11, encrypt_col('v11', 'pii'), 'v11'");
+    client.run("SELECT rotate_key('pii')");
+    let mut other = database.connect();
+    let run = std::thread::spawn(move || reencrypt(&mut other));
+    wait_until("the barrier waits", || {
+        client.number("SELECT count(*) FROM rekey.progress WHERE phase = 'barrier'") == 1
+    });
+    old.run("PREPARE TRANSACTION 'meanwhile'");
+    wait_until("the barrier names the gid", || {
+        client.text(WAITS).contains("'meanwhile'")
+    });
+    assert_eq!(states(&mut client), ["previous", "active"]);
+    client.run("COMMIT PREPARED 'meanwhile'");
+    run.join().expect("CALL reencrypt");
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+}
+
+#[test]
+fn an_old_snapshot_that_copies_a_stale_row_after_a_clean_scan_keeps_the_slot() {
+    let database = database("copies");
+    let (mut old, mut client) = (database.connect(), database.connect());
+    client.run("CREATE TABLE copy (LIKE t); SELECT rekey.register_column('copy', 'c')");
+    client.run("SELECT rotate_key('pii')");
+    old.run("BEGIN ISOLATION LEVEL REPEATABLE READ");
+    old.number("SELECT count(*) FROM t");
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    let slot = old_slot(&mut client);
+    let pid = old.number("SELECT pg_backend_pid()");
+    refused(&mut client, "disable_slot", &slot, &format!("pid {pid}"));
+    old.run("INSERT INTO copy SELECT * FROM t");
+    old.run("COMMIT");
+    refused(&mut client, "disable_slot", &slot, "public.copy (10 rows)");
+    refused(&mut client, "destroy_slot", &slot, "public.copy (10 rows)");
+    assert_eq!(
+        client.number("SELECT count(*) FROM copy WHERE decrypt_col(c) = shadow"),
+        10,
+        "a drained slot still opens"
+    );
+    client.run("SELECT rotate_key('pii')");
+    reencrypt(&mut client);
+    end(&mut client, "disable_slot", &slot);
+    assert_eq!(states(&mut client), ["disabled", "drained", "active"]);
+}
+
+#[test]
+fn an_update_of_another_column_behind_the_cursor_is_found_by_the_proof() {
+    let database = database("behind");
+    let (mut old, mut client) = (database.connect(), database.connect());
+    client.run("SELECT rotate_key('pii')");
+    // The row is locked while the pass goes by, and keeps its stale envelope in a new version.
+    old.run("BEGIN; UPDATE t SET n = 1 WHERE id = 3");
+    let mut other = database.connect();
+    let run = std::thread::spawn(move || reencrypt(&mut other));
+    wait_until("the pass has skipped the row", || {
+        client.number("SELECT coalesce(sum(rows_skipped), 0)::bigint FROM rekey.progress") > 0
+    });
+    assert_eq!(client.number(STALE), 1);
+    old.run("COMMIT");
+    run.join().expect("CALL reencrypt");
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+    assert_eq!(
+        client.number("SELECT n FROM t WHERE id = 3"),
+        1,
+        "the application's write stays"
+    );
+}
+
+#[test]
+fn a_second_rotation_meanwhile_leaves_no_slot_behind() {
+    let database = database("twice");
+    let mut client = database.connect();
+    client.run("SELECT rotate_key('pii')");
+    client.run("INSERT INTO t SELECT 11, encrypt_col('v11', 'pii'), 'v11'");
+    client.run("SELECT rotate_key('pii')");
+    assert_eq!(states(&mut client), ["previous", "previous", "active"]);
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "drained", "active"]);
+    assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+}
+
+#[test]
+fn a_rollback_and_another_rotation_void_what_was_scanned_before() {
+    let database = database("voids");
+    let mut client = database.connect();
+    client.run("SELECT rotate_key('pii')");
+    reencrypt(&mut client);
+    client.run("SELECT rekey.rollback_rotation('pii')");
+    client.run("INSERT INTO t SELECT 11, encrypt_col('v11', 'pii'), 'v11'");
+    client.run("SELECT rotate_key('pii')");
+    assert_eq!(states(&mut client), ["previous", "previous", "active"]);
+    let slot = old_slot(&mut client);
+    client.refuse(&format!("SELECT rekey.disable_slot({slot})"), "55000");
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "drained", "active"]);
+    assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+}
+
+#[test]
+fn forty_keys_rotated_at_once_cost_one_pass_and_one_scan() {
+    let database = database("forty");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE many (k text, c bytea);
+         DO $$ BEGIN FOR i IN 1..40 LOOP
+             PERFORM rekey.create_key('k' || i, grace => '0');
+             INSERT INTO many SELECT 'k' || i, encrypt_col(i::text, 'k' || i)
+               FROM generate_series(1, 20);
+         END LOOP; END $$;
+         SELECT rekey.register_column('many', 'c');
+         SELECT rotate_key('k' || i) FROM generate_series(1, 40) AS i",
+    );
+    reencrypt(&mut client);
+    assert_eq!(
+        client.number("SELECT count(*) FROM rekey.slots WHERE state = 'drained'"),
+        40
+    );
+    assert_eq!(
+        client
+            .number("SELECT rows_scanned FROM rekey.progress WHERE table_name = 'many'::regclass"),
+        800,
+        "one pass"
+    );
+    assert_eq!(
+        client
+            .number("SELECT count(DISTINCT proof->>'at') FROM rekey.slots WHERE state = 'drained'"),
+        1,
+        "one scan"
+    );
+}
+
+#[test]
+fn toasted_values_are_re_encrypted() {
+    let database = database("toasted");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE big (id int, c bytea, shadow text, more text);
+         INSERT INTO big SELECT i, encrypt_col(repeat('x' || i, 20000), 'pii'),
+             repeat('x' || i, 20000), repeat(md5(i::text), 500) FROM generate_series(1, 5) AS i;
+         SELECT rekey.register_column('big', 'c'); SELECT rotate_key('pii')",
+    );
+    reencrypt(&mut client);
+    assert_eq!(
+        client.number(
+            "SELECT count(*) FROM big WHERE decrypt_col(c) = shadow AND length(more) = 16000 \
+                AND rekey.slot_id(c) = (SELECT active_slot FROM rekey.keys)"
+        ),
+        5
+    );
+    assert_eq!(states(&mut client), ["drained", "active"]);
+}
+
+#[test]
+fn a_rewrite_of_the_table_begins_the_pass_again() {
+    for (name, rewrite) in [
+        ("rw_full", "VACUUM FULL t"),
+        ("rw_cluster", "CLUSTER t USING t_pkey"),
+        ("rw_alter", "ALTER TABLE t ALTER n TYPE bigint"),
+        ("rw_truncate", "TRUNCATE t"),
+    ] {
+        let database = database(name);
+        let mut client = database.connect();
+        client.run("SELECT rotate_key('pii')");
+        reencrypt(&mut client);
+        client.run("SELECT rotate_key('pii')");
+        client.run(rewrite);
+        reencrypt(&mut client);
+        assert_eq!(
+            states(&mut client),
+            ["drained", "drained", "active"],
+            "{rewrite}"
+        );
+        assert_eq!(
+            (client.number(STALE), client.number(WRONG)),
+            (0, 0),
+            "{rewrite}"
+        );
+    }
+}
+
+#[test]
+fn copy_on_conflict_and_merge_store_under_the_active_slot() {
+    let database = database("stores");
+    let mut client = database.connect();
+    client.run("SELECT rotate_key('pii')");
+    client.run(
+        "INSERT INTO t SELECT 1, encrypt_col('a', 'pii'), 'a'
+           ON CONFLICT (id) DO UPDATE SET c = excluded.c, shadow = excluded.shadow;
+         MERGE INTO t USING (VALUES (2, 'b')) AS s(id, v) ON t.id = s.id
+           WHEN MATCHED THEN UPDATE SET c = encrypt_col(s.v, 'pii'), shadow = s.v",
+    );
+    // Envelopes that a client has kept from before come in by COPY, also frozen.
+    let kept = cluster().dir().join("kept");
+    let kept = kept.display();
+    client.run(&format!(
+        "CREATE TABLE loaded (c bytea); SELECT rekey.register_column('loaded', 'c');
+         COPY (SELECT c FROM t WHERE id = 3) TO '{kept}'; COPY loaded FROM '{kept}'"
+    ));
+    client.run(&format!(
+        "BEGIN; TRUNCATE loaded; COPY loaded FROM '{kept}' (FREEZE); COMMIT"
+    ));
+    assert_eq!(client.number("SELECT count(*) FROM loaded"), 1);
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+    assert_eq!(client.text("SELECT decrypt_col(c) FROM loaded"), "v3");
+}
+
+#[test]
+fn a_row_that_moves_to_another_partition_is_found() {
+    let database = database("moves");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE p (part int, c bytea) PARTITION BY LIST (part);
+         CREATE TABLE p1 PARTITION OF p FOR VALUES IN (1);
+         CREATE TABLE p2 PARTITION OF p FOR VALUES IN (2);
+         INSERT INTO p SELECT 2, encrypt_col('moved', 'pii');
+         SELECT rekey.register_column('p', 'c'); SELECT rotate_key('pii')",
+    );
+    let mut old = database.connect();
+    old.run("BEGIN; UPDATE p SET part = 1");
+    let mut other = database.connect();
+    let run = std::thread::spawn(move || reencrypt(&mut other));
+    wait_until("the pass has skipped the row", || {
+        client.number("SELECT coalesce(sum(rows_skipped), 0)::bigint FROM rekey.progress") > 0
+    });
+    old.run("COMMIT");
+    run.join().expect("CALL reencrypt");
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!(client.text("SELECT decrypt_col(c) FROM p"), "moved");
+    assert!(client.truth("SELECT rekey.slot_id(c) = (SELECT active_slot FROM rekey.keys) FROM p"));
+}
+
+#[test]
+fn grace_keeps_a_drained_slot() {
+    let database = database("grace");
+    let mut client = database.connect();
+    client.run("SELECT rekey.set_policy('pii', grace => '1 hour'); SELECT rotate_key('pii')");
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    let slot = old_slot(&mut client);
+    refused(&mut client, "disable_slot", &slot, "grace");
+    client.run("SELECT rekey.set_policy('pii', grace => '0')");
+    end(&mut client, "disable_slot", &slot);
+}
+
+#[test]
+fn after_drain_acts_when_everything_is_past() {
+    let database = database("after");
+    let mut client = database.connect();
+    client
+        .run("SELECT rekey.set_policy('pii', after_drain => 'destroy'); SELECT rotate_key('pii')");
+    wait_until("the slot is destroyed", || {
+        reencrypt(&mut client);
+        states(&mut client) == ["destroyed", "active"]
+    });
+    assert_eq!(
+        client.column(
+            "SELECT action FROM rekey.audit WHERE slot_id = \
+                       (SELECT slot_id FROM rekey.slots WHERE version = 1) ORDER BY audit_id"
+        ),
+        ["create_key", "rotate_key", "drain", "after_drain"]
+    );
+    assert_eq!(client.number(WRONG), 0);
+}
+
+#[test]
+fn destroy_refuses_while_unregistered_places_hold_the_slots_envelopes() {
+    let database = database("elsewhere");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE stray (c bytea); INSERT INTO stray SELECT c FROM t LIMIT 4;
+         CREATE MATERIALIZED VIEW copied AS SELECT c FROM t;
+         DO $$ BEGIN EXECUTE format('CREATE TABLE defaulted (c bytea DEFAULT %L)',
+             (SELECT c FROM t LIMIT 1)); END $$;
+         SELECT rotate_key('pii')",
+    );
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!(
+        client.column(
+            "SELECT table_name || '.' || column_name || ' ' || envelopes \
+                         FROM rekey.find_envelopes() ORDER BY 1"
+        ),
+        [
+            "public.copied.c 10",
+            "public.defaulted.c (default) 1",
+            "public.stray.c 4"
+        ]
+    );
+    let slot = old_slot(&mut client);
+    end(&mut client, "disable_slot", &slot);
+    refused(&mut client, "destroy_slot", &slot, "public.stray.c (4)");
+    client.run("DROP TABLE stray, defaulted; REFRESH MATERIALIZED VIEW copied");
+    end(&mut client, "destroy_slot", &slot);
+    assert_eq!(states(&mut client), ["destroyed", "active"]);
+}
+
+#[test]
+fn compromised_slots_are_drained_first_and_a_proof_of_them_is_void() {
+    let database = database("compromised");
+    let mut client = database.connect();
+    client.run("SELECT rotate_key('pii')");
+    reencrypt(&mut client);
+    let slot = old_slot(&mut client);
+    client.run(&format!(
+        "SELECT rekey.mark_compromised({slot}, 'seen on a laptop')"
+    ));
+    assert_eq!(states(&mut client), ["previous", "active"]);
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    client.run(&format!(
+        "SELECT rekey.mark_compromised(active_slot, 'also') FROM rekey.keys; \
+         SELECT rekey.create_key('b'); SELECT rotate_key('b')"
+    ));
+    reencrypt(&mut client);
+    assert_eq!(
+        client.number("SELECT count(*) FROM rekey.slots WHERE state = 'drained'"),
+        3
+    );
+    assert_eq!(client.number(WRONG), 0);
+}
+
+#[test]
+fn without_a_registered_column_nothing_is_proved() {
+    let database = database("nothing");
+    let mut client = database.connect();
+    client.run("SELECT rekey.unregister_column('t', 'c'); SELECT rotate_key('pii')");
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["previous", "active"]);
+}
+
+#[test]
+fn a_table_owner_drains_his_own_table_only() {
+    let database = database("owners");
+    let owner = database.role("owner");
+    let mut client = database.connect();
+    client.run(&format!(
+        "CREATE TABLE his (c bytea); INSERT INTO his SELECT c FROM t; ALTER TABLE his OWNER TO {owner};
+         SELECT rekey.register_column('his', 'c'); SELECT rotate_key('pii')"
+    ));
+    let mut his = database.connect_as(&owner);
+    his.refuse("CALL rekey.reencrypt()", "42501");
+    his.refuse("CALL rekey.reencrypt('t')", "42501");
+    his.run("CALL rekey.reencrypt('his')");
+    assert_eq!(
+        client.number(
+            "SELECT count(*) FROM his WHERE rekey.slot_id(c) = \
+                       (SELECT active_slot FROM rekey.keys)"
+        ),
+        10
+    );
+    assert_eq!(client.number(STALE), 10, "another's table is left alone");
+    assert_eq!(states(&mut client), ["previous", "active"]);
+    his.refuse("SELECT decrypt_col(c) FROM his", "42501");
+}
+
+#[test]
+fn a_paused_table_rests_until_it_is_resumed() {
+    let database = database("paused");
+    let mut client = database.connect();
+    client.run(
+        "SELECT rotate_key('pii'); SELECT rekey.pause('t', now() + interval '1 hour', 'busy')",
+    );
+    let mut other = database.connect();
+    let run = std::thread::spawn(move || reencrypt(&mut other));
+    wait_until("the call waits", || {
+        client.number(
+            "SELECT count(*) FROM pg_stat_activity WHERE query = 'CALL rekey.reencrypt()' \
+                AND datname = current_database() AND wait_event = 'Extension'",
+        ) == 1
+    });
+    assert_eq!(client.number(STALE), 10);
+    client.run("SELECT rekey.resume('t')");
+    run.join().expect("CALL reencrypt");
+    assert_eq!(client.number(STALE), 0);
+    client.refuse("SELECT rekey.resume('t')", "55000");
+}

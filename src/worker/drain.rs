@@ -58,6 +58,7 @@ pub struct Drainer {
     proofs_failed: u32,
     prove_again_at: Option<Instant>,
     current: Option<Oid>,
+    turn: usize,
     by_age: bool,
     ages_read_at: Option<Instant>,
 }
@@ -79,6 +80,7 @@ impl Drainer {
             proofs_failed: 0,
             prove_again_at: None,
             current: None,
+            turn: 0,
             by_age: false,
             ages_read_at: None,
         }
@@ -115,7 +117,10 @@ impl Drainer {
         }
         let wave = wave(&slots);
         let mut soonest: Option<(Instant, String)> = None;
-        for leaf in &leaves {
+        // Tables take turns: one that is large or slow does not keep the others waiting.
+        self.turn = self.turn.wrapping_add(1);
+        let first = self.turn % leaves.len();
+        for leaf in leaves[first..].iter().chain(&leaves[..first]) {
             if self.only.is_some_and(|only| !covers(only, leaf.table)) {
                 continue;
             }

@@ -24,8 +24,10 @@ use crate::ffi::timer::Limit;
 use crate::registry::Leaf;
 use crate::stale::{self, Standing};
 
-/// Longest time that the owner's code may take for one try, in milliseconds.
+/// Longest time that the owner's code may take for one try, in milliseconds; once it was too long,
+/// for one row.
 const TRY_MS: i32 = 5_000;
+const ROW_MS: i32 = 1_000;
 /// Longest time that a batch goes on halving, in milliseconds: the rest waits for the next one.
 const HALVING_MS: u128 = 15_000;
 
@@ -82,13 +84,14 @@ pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report
     };
     let begin = Instant::now();
     let mut parts: Vec<&[Tid]> = vec![&places];
+    let mut limit_ms = TRY_MS;
     while let Some(part) = parts.pop() {
         if begin.elapsed().as_millis() > HALVING_MS {
             report.slow = true;
             report.locked.extend_from_slice(part);
             continue;
         }
-        match job.attempt(part)? {
+        match job.attempt(part, limit_ms)? {
             Ok(attempt) => attempt.join(&mut report),
             Err(caught) => match Verdict::of(caught) {
                 Verdict::Retry => report.locked.extend_from_slice(part),
@@ -98,6 +101,10 @@ pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report
                     slot: None,
                     sqlstate: caught.sqlstate(),
                 }),
+                Verdict::Row if caught.0 == Code::ERRCODE_QUERY_CANCELED => {
+                    limit_ms = ROW_MS;
+                    parts.extend(part.chunks(1).rev());
+                }
                 Verdict::Row => {
                     let (left, right) = part.split_at(part.len() / 2);
                     parts.extend([right, left]);
@@ -146,7 +153,8 @@ impl Verdict {
             "55" if state == "55P03" => Verdict::Retry,
             // 57014 stands for the clock here: a cancel by the user went on from `attempt`.
             "57" if state == "57014" => Verdict::Row,
-            "53" | "57" | "58" | "XX" | "F0" | "25" => Verdict::Fatal,
+            // An SQLSTATE of the owner's own making arrives as XX000.
+            "53" | "57" | "58" | "F0" | "25" => Verdict::Fatal,
             _ => Verdict::Row,
         }
     }
@@ -178,8 +186,12 @@ struct Job<'a> {
 
 impl Job<'_> {
     /// Re-encrypts all of `places` in one subtransaction. The inner error is the owner's.
-    fn attempt(&self, places: &[Tid]) -> Result<std::result::Result<Attempt, Caught>> {
-        let limit = Limit::start(TRY_MS);
+    fn attempt(
+        &self,
+        places: &[Tid],
+        limit_ms: i32,
+    ) -> Result<std::result::Result<Attempt, Caught>> {
+        let limit = Limit::start(limit_ms);
         let outcome = subtransaction(|| {
             let mut attempt = Attempt::default();
             let mut updater = Updater::begin(self.table, &self.columns);

@@ -1,0 +1,254 @@
+//! Rows that do not open or do not update, and tables whose owner means harm: they are set aside,
+//! named by SQLSTATE and place, never by value, and hold up nobody else.
+
+use std::sync::OnceLock;
+
+use postgres::Client;
+use rekey_tests::{Ask, Cluster, Database, Options, wait_until};
+
+fn cluster() -> &'static Cluster {
+    static CLUSTER: OnceLock<Cluster> = OnceLock::new();
+    CLUSTER.get_or_init(|| Cluster::start(Options::preloaded().set("rekey.worker = off")))
+}
+
+fn database(name: &str) -> Database<'static> {
+    let database = cluster().database(name);
+    database.connect().run(
+        "SELECT rekey.create_key('pii', grace => '0');
+         CREATE TABLE t (id int PRIMARY KEY, c bytea);
+         INSERT INTO t SELECT i, encrypt_col('v' || i, 'pii') FROM generate_series(1, 50) AS i;
+         SELECT rekey.register_column('t', 'c')",
+    );
+    database
+}
+
+fn stale(client: &mut Client, table: &str) -> i64 {
+    client.number(&format!(
+        "SELECT count(*) FROM {table} WHERE rekey.slot_id(c) IS DISTINCT FROM \
+            (SELECT active_slot FROM rekey.keys WHERE key_name = 'pii')"
+    ))
+}
+
+fn states(client: &mut Client) -> Vec<String> {
+    client.column("SELECT state FROM rekey.slots WHERE key_name = 'pii' ORDER BY version")
+}
+
+fn errors(client: &mut Client) -> Vec<String> {
+    client.column("SELECT table_name || ' ' || sqlstate FROM rekey.errors ORDER BY 1")
+}
+
+#[test]
+fn an_altered_value_is_set_aside_blocks_the_proof_and_is_dismissed_as_an_exception() {
+    let database = database("altered");
+    let mut client = database.connect();
+    client.run("UPDATE t SET c = set_byte(c, 40, get_byte(c, 40) # 1) WHERE id = 7");
+    client.run("SELECT rotate_key('pii')");
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(stale(&mut client, "t"), 1, "the other rows are done");
+    assert_eq!(errors(&mut client), ["t 39000"]);
+    assert_eq!(states(&mut client), ["previous", "active"]);
+    let id = client.number("SELECT quarantine_id FROM rekey.errors");
+    assert_eq!(
+        client.text("SELECT row_ref::text FROM rekey.errors"),
+        client.text("SELECT ctid::text FROM t WHERE id = 7")
+    );
+    client.refuse(
+        &format!("SELECT rekey.dismiss_quarantine({id}, ' ')"),
+        "22023",
+    );
+    client.run(&format!(
+        "SELECT rekey.dismiss_quarantine({id}, 'test data')"
+    ));
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!(
+        client.text(
+            "SELECT proof->'exceptions'->0->>'reason' FROM rekey.slots WHERE state = 'drained'"
+        ),
+        "test data"
+    );
+    client.refuse(
+        &format!("SELECT rekey.dismiss_quarantine({id}, 'again')"),
+        "42704",
+    );
+}
+
+#[test]
+fn a_row_that_is_mended_leaves_the_quarantine() {
+    let database = database("mended");
+    let mut client = database.connect();
+    client.run("CREATE TABLE good AS SELECT c FROM t WHERE id = 7");
+    client.run("UPDATE t SET c = set_byte(c, 40, get_byte(c, 40) # 1) WHERE id = 7");
+    client.run("SELECT rotate_key('pii')");
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(errors(&mut client), ["t 39000"]);
+    client.run("UPDATE t SET c = good.c FROM good WHERE id = 7");
+    assert_eq!(client.number("SELECT rekey.retry_quarantine()"), 1);
+    client.run("CALL rekey.reencrypt()");
+    assert!(errors(&mut client).is_empty());
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!(
+        client.text("SELECT decrypt_col(c) FROM t WHERE id = 7"),
+        "v7"
+    );
+}
+
+#[test]
+fn a_wrong_context_and_a_missing_slot_are_set_aside() {
+    let database = database("wrong");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE k (id int, c bytea);
+         INSERT INTO k SELECT i, encrypt_col('x', 'pii', rekey.context('k', i::text))
+           FROM generate_series(1, 5) AS i;
+         UPDATE k SET id = 99 WHERE id = 3;
+         UPDATE k SET c = overlay(c PLACING '\\x1234567812345678' FROM 3 FOR 8) WHERE id = 4;
+         SELECT rekey.register_column('k', 'c', 'rekey.context(''k'', id::text)');
+         SELECT rotate_key('pii')",
+    );
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(errors(&mut client), ["k 39000", "k 42704"]);
+    assert_eq!(stale(&mut client, "k"), 2);
+    assert_eq!(stale(&mut client, "t"), 0, "another table is done");
+}
+
+#[test]
+fn a_row_that_a_constraint_or_trigger_refuses_is_bisected_out() {
+    let database = database("refused");
+    let mut client = database.connect();
+    client.run(
+        "ALTER TABLE t ADD CONSTRAINT odd CHECK (id <> 13) NOT VALID;
+         DELETE FROM t WHERE id = 13; ALTER TABLE t DROP CONSTRAINT odd;
+         INSERT INTO t SELECT 13, encrypt_col('v13', 'pii');
+         ALTER TABLE t ADD CONSTRAINT odd CHECK (id <> 13) NOT VALID;
+         CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN
+             IF new.id = 20 THEN RAISE 'value is %', encode(new.c, 'hex') USING errcode = 'P1234'; END IF;
+             IF new.id = 21 THEN RETURN NULL; END IF;
+             RETURN new;
+         END $$;
+         CREATE TRIGGER no BEFORE UPDATE ON t FOR EACH ROW EXECUTE FUNCTION no();
+         ALTER TABLE t ENABLE ALWAYS TRIGGER no;
+         SELECT rotate_key('pii')",
+    );
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(stale(&mut client, "t"), 3);
+    let states = client.column("SELECT sqlstate FROM rekey.errors ORDER BY 1");
+    assert_eq!(states.len(), 3, "{states:?}");
+    assert!(states.contains(&"23514".to_owned()), "{states:?}");
+    assert!(states.contains(&"09000".to_owned()), "{states:?}");
+    assert!(
+        !cluster().log().contains("value is"),
+        "the owner's message is withheld"
+    );
+}
+
+#[test]
+fn user_triggers_fire_only_when_asked() {
+    let database = database("triggers");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE fired (who name);
+         CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS
+             'BEGIN INSERT INTO public.fired VALUES (current_user); RETURN NULL; END';
+         CREATE TRIGGER note AFTER UPDATE ON t FOR EACH ROW EXECUTE FUNCTION note();
+         SELECT rotate_key('pii')",
+    );
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(client.number("SELECT count(*) FROM fired"), 0);
+    client.run("SELECT rekey.unregister_column('t', 'c')");
+    client.run(
+        "SELECT rekey.register_column('t', 'c', fire_triggers => true); SELECT rotate_key('pii')",
+    );
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(client.number("SELECT count(*) FROM fired"), 50);
+}
+
+/// A table of a role that would like to be more: everything of it that runs during an update.
+#[test]
+fn a_hostile_owner_gains_nothing_and_delays_no_other_table() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("rekey.work_ratio = 1")
+            .set("rekey.databases = 'hostile'"),
+    );
+    let database = cluster.database("hostile");
+    let owner = database.role("owner");
+    let mut client = database.connect();
+    client.run(&format!(
+        "SELECT rekey.create_key('pii', grace => '0');
+         CREATE TABLE honest (c bytea);
+         INSERT INTO honest SELECT encrypt_col('v' || i, 'pii') FROM generate_series(1, 50) AS i;
+         CREATE TABLE evil (id int, c bytea);
+         INSERT INTO evil SELECT i, encrypt_col('secret' || i, 'pii') FROM generate_series(1, 20) AS i;
+         CREATE TABLE seen (id serial, who name, session name, what text);
+         GRANT ALL ON SCHEMA public TO {owner};
+         ALTER TABLE evil OWNER TO {owner}; ALTER TABLE seen OWNER TO {owner}"
+    ));
+    let mut evil = database.connect_as(&owner);
+    evil.run(
+        "CREATE FUNCTION spy(what text) RETURNS void LANGUAGE plpgsql AS $$
+         BEGIN
+             INSERT INTO public.seen (who, session, what) VALUES (current_user, session_user, what);
+             BEGIN
+                 EXECUTE 'SET ROLE postgres';
+                 INSERT INTO public.seen (who, what) VALUES (current_user, 'escaped by SET ROLE');
+             EXCEPTION WHEN OTHERS THEN NULL; END;
+             BEGIN
+                 EXECUTE 'SET SESSION AUTHORIZATION postgres';
+                 INSERT INTO public.seen (who, what) VALUES (current_user, 'escaped by SET SESSION');
+             EXCEPTION WHEN OTHERS THEN NULL; END;
+             BEGIN
+                 PERFORM public.decrypt_col((SELECT c FROM public.evil LIMIT 1));
+                 INSERT INTO public.seen (who, what) VALUES (current_user, 'plaintext');
+             EXCEPTION WHEN OTHERS THEN NULL; END;
+         END $$;
+         CREATE FUNCTION checked(id int) RETURNS boolean LANGUAGE plpgsql AS
+             'BEGIN PERFORM public.spy(''check''); RETURN true; END';
+         CREATE FUNCTION indexed(id int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS
+             'BEGIN PERFORM public.spy(''index''); RETURN 1; END';
+         CREATE FUNCTION generated(c bytea) RETURNS text IMMUTABLE LANGUAGE plpgsql AS
+             'BEGIN PERFORM public.spy(''generated''); RETURN 1; END';
+         CREATE FUNCTION loops() RETURNS trigger LANGUAGE plpgsql AS
+             'BEGIN PERFORM public.spy(''trigger''); IF new.id = 5 THEN LOOP END LOOP; END IF; RETURN new; END';
+         CREATE FUNCTION fake_eq(bytea, bytea) RETURNS boolean LANGUAGE plpgsql AS
+             'BEGIN PERFORM public.spy(''operator''); RETURN true; END';
+         CREATE OPERATOR public.= (LEFTARG = bytea, RIGHTARG = bytea, FUNCTION = fake_eq);
+         CREATE INDEX ON evil (indexed(id));
+         ALTER TABLE evil ADD g text GENERATED ALWAYS AS (generated(c)) STORED;
+         ALTER TABLE evil ADD CHECK (checked(id));
+         CREATE TRIGGER loops BEFORE UPDATE ON evil FOR EACH ROW EXECUTE FUNCTION loops();
+         ALTER TABLE evil ENABLE ALWAYS TRIGGER loops;
+         ALTER TABLE evil ENABLE ROW LEVEL SECURITY; ALTER TABLE evil FORCE ROW LEVEL SECURITY;
+         SELECT rekey.register_column('evil', 'c')",
+    );
+    client.run("SELECT rekey.register_column('honest', 'c')");
+    client.run("TRUNCATE seen; SELECT rotate_key('pii')");
+    wait_until("the honest table is done", || {
+        stale(&mut client, "honest") == 0
+    });
+    wait_until("the hostile rows are set aside", || {
+        client.number("SELECT count(*) FROM rekey.errors WHERE sqlstate = '57014'") == 1
+    });
+    wait_until("its other rows are done", || {
+        stale(&mut client, "evil") == 1
+    });
+    assert!(client.number("SELECT count(*) FROM seen WHERE what = 'trigger'") > 0);
+    assert_eq!(
+        client.column("SELECT DISTINCT who FROM seen"),
+        [owner.clone()],
+        "its code ran as its owner only"
+    );
+    assert_eq!(
+        client.number(
+            "SELECT count(*) FROM seen WHERE what LIKE 'escaped%' OR what = 'plaintext' \
+                       OR what = 'operator'"
+        ),
+        0
+    );
+    assert_eq!(
+        states(&mut client),
+        ["previous", "active"],
+        "the proof waits for the row"
+    );
+}

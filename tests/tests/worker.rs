@@ -1,0 +1,246 @@
+//! The background worker: woken by a commit, silent otherwise, in nobody's way.
+
+use rekey_tests::{Ask, Cluster, Database, Options, wait_until};
+
+use postgres::Client;
+
+fn cluster() -> Cluster {
+    Cluster::start(
+        Options::preloaded()
+            .set("rekey.work_ratio = 1")
+            .set("max_prepared_transactions = 10"),
+    )
+}
+
+fn prepare(database: &Database<'_>) -> Client {
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.create_key('pii', grace => '0');
+         CREATE TABLE t (id int PRIMARY KEY, c bytea);
+         INSERT INTO t SELECT i, encrypt_col('v' || i, 'pii') FROM generate_series(1, 100) AS i;
+         SELECT rekey.register_column('t', 'c')",
+    );
+    client
+}
+
+fn drained(client: &mut Client) -> i64 {
+    client.number("SELECT count(*) FROM rekey.slots WHERE state = 'drained'")
+}
+
+fn workers(client: &mut Client) -> i64 {
+    client.number("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'pg_rekey worker'")
+}
+
+#[test]
+fn a_committed_rotation_is_drained_and_one_that_is_not_is_left_alone() {
+    let cluster = cluster();
+    let database = cluster.database("woken");
+    let mut client = prepare(&database);
+    let mut other = database.connect();
+    client.run("BEGIN; SELECT rotate_key('pii')");
+    other.run("SELECT rekey.create_key('other'); SELECT rotate_key('other')");
+    wait_until("the other key's slot is drained", || {
+        drained(&mut other) == 1
+    });
+    client.run("COMMIT");
+    wait_until("the rotation is drained", || drained(&mut other) == 2);
+    client.run("BEGIN; SELECT rotate_key('pii')");
+    client.run("PREPARE TRANSACTION 'rotation'");
+    client.run("COMMIT PREPARED 'rotation'");
+    wait_until("COMMIT PREPARED wakes it too", || drained(&mut other) == 3);
+    assert_eq!(
+        other.number("SELECT count(*) FROM t WHERE decrypt_col(c) = 'v' || id"),
+        100
+    );
+    assert_eq!(
+        other.column("SELECT DISTINCT actor FROM rekey.audit WHERE action = 'drain'"),
+        ["postgres"]
+    );
+}
+
+#[test]
+fn with_nothing_stale_it_is_silent() {
+    let cluster = cluster();
+    let mut client = prepare(&cluster.database("silent"));
+    client.run("SELECT rotate_key('pii')");
+    wait_until("the rotation is drained", || drained(&mut client) == 1);
+    wait_until("the worker has ended", || workers(&mut client) == 0);
+    client.run("CHECKPOINT");
+    // This session's own transactions are counted when it ends its statements: one reading before
+    // and one after differ by what it did itself, in another database nothing at all.
+    let reading = "SELECT string_agg(datname || xact_commit + xact_rollback, ',' ORDER BY datname) \
+                     FROM pg_stat_database WHERE datname IS NOT NULL AND datname <> current_database()";
+    let mut watcher = cluster.connect("postgres");
+    let before = (
+        watcher.text(reading),
+        watcher.text("SELECT pg_current_wal_insert_lsn()"),
+    );
+    let launcher = "SELECT count(*) FROM pg_stat_activity \
+        WHERE backend_type = 'pg_rekey launcher' AND wait_event = 'Extension' AND backend_xmin IS NULL";
+    assert_eq!(watcher.number(launcher), 1);
+    watcher.run("SELECT pg_sleep(10)"); // the span that is measured, not a synchronisation
+    watcher.run("SELECT pg_stat_clear_snapshot()");
+    assert_eq!(workers(&mut watcher), 0);
+    let after = (
+        watcher.text(reading),
+        watcher.text("SELECT pg_current_wal_insert_lsn()"),
+    );
+    assert_eq!(before, after);
+}
+
+#[test]
+fn several_databases_take_turns_and_ones_without_the_extension_are_left() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("rekey.work_ratio = 1")
+            .set("rekey.max_workers = 1"),
+    );
+    cluster.empty_database("bare", "");
+    let mut clients: Vec<Client> = ["one", "two", "three"]
+        .map(|name| prepare(&cluster.database(name)))
+        .into_iter()
+        .collect();
+    for client in &mut clients {
+        client.run("SELECT rotate_key('pii')");
+    }
+    for client in &mut clients {
+        wait_until("every database is drained", || drained(client) == 1);
+    }
+    clients[0].run("CREATE EXTENSION IF NOT EXISTS pg_rekey");
+}
+
+#[test]
+fn a_database_can_be_dropped_copied_and_renamed_while_a_worker_sits_in_it() {
+    let cluster = cluster();
+    let mut client = prepare(&cluster.database("busy"));
+    // A transaction that seals keeps the worker waiting at the barrier, in a session that does not
+    // count for DROP DATABASE: a prepared one would refuse it, so the wait is for a locked row.
+    client.run(
+        "INSERT INTO t SELECT i, encrypt_col('v' || i, 'pii') FROM generate_series(101, 200000) AS i",
+    );
+    client.run("ALTER SYSTEM SET rekey.work_ratio = 0.01");
+    cluster.reload(&mut client);
+    client.run("SELECT rotate_key('pii')");
+    wait_until("a worker is there", || workers(&mut client) == 1);
+    drop(client);
+    let mut admin = cluster.connect("postgres");
+    wait_until("the client's session has ended", || {
+        admin.number(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = 'busy' \
+                      AND backend_type = 'client backend'",
+        ) == 0
+    });
+    admin.run("CREATE DATABASE copy TEMPLATE busy");
+    wait_until("a worker is back", || workers(&mut admin) > 0);
+    admin.run("ALTER DATABASE busy RENAME TO renamed");
+    wait_until("a worker is back again", || {
+        admin.number(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = 'renamed' \
+                      AND backend_type = 'pg_rekey worker'",
+        ) == 1
+    });
+    admin.run("DROP DATABASE renamed");
+    admin.run("DROP DATABASE copy");
+    assert_eq!(workers(&mut admin), 0);
+}
+
+#[test]
+fn it_is_switched_off_and_on_by_a_reload() {
+    let cluster = cluster();
+    let mut client = prepare(&cluster.database("switched"));
+    client.run("ALTER SYSTEM SET rekey.worker = off");
+    cluster.reload(&mut client);
+    wait_until("no worker is left", || workers(&mut client) == 0);
+    client.run("SELECT rotate_key('pii')");
+    client.run("ALTER SYSTEM SET rekey.databases = 'elsewhere'");
+    client.run("ALTER SYSTEM SET rekey.worker = on");
+    cluster.reload(&mut client);
+    client.run("SELECT rotate_key('pii')");
+    assert_eq!(drained(&mut client), 0);
+    client.run("ALTER SYSTEM SET rekey.databases = 'elsewhere, switched'");
+    cluster.reload(&mut client);
+    client.run("SELECT rotate_key('pii')");
+    wait_until("all rotations are drained", || drained(&mut client) == 3);
+}
+
+#[test]
+fn killed_in_the_middle_it_goes_on_at_its_cursor() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("rekey.work_ratio = 0.05")
+            .set("rekey.batch_target = 5ms"),
+    );
+    let database = cluster.database("killed");
+    let mut client = prepare(&database);
+    client.run(
+        "INSERT INTO t SELECT i, encrypt_col('v' || i, 'pii') FROM generate_series(101, 20000) AS i",
+    );
+    client.run("SELECT rotate_key('pii')");
+    let cursor = "SELECT coalesce(max(cursor_block), 0) FROM rekey.progress_state";
+    wait_until("some batches are done", || client.number(cursor) > 20);
+    let pid =
+        client.number("SELECT pid FROM pg_stat_activity WHERE backend_type = 'pg_rekey worker'");
+    cluster.kill_backend(pid);
+    wait_until("the server is back", || {
+        cluster.try_connect("killed").is_some()
+    });
+    let mut client = database.connect();
+    let mut last = client.number(cursor);
+    assert!(last > 20, "the cursor stands where the last commit put it");
+    client.run("ALTER SYSTEM SET rekey.work_ratio = 1");
+    cluster.reload(&mut client);
+    wait_until("the rotation is drained", || {
+        let now = client.number(cursor);
+        assert!(now >= last, "it never begins again");
+        last = now;
+        drained(&mut client) == 1
+    });
+    assert_eq!(
+        client.number("SELECT count(*) FROM t WHERE decrypt_col(c) = 'v' || id"),
+        20000
+    );
+}
+
+#[test]
+fn a_standby_runs_none_and_goes_on_after_its_promotion() {
+    let primary = Cluster::start(Options::preloaded().set("rekey.worker = off"));
+    let database = primary.database("promoted");
+    let mut client = prepare(&database);
+    client.run("SELECT rotate_key('pii')");
+    let standby = primary.standby();
+    let mut reader = standby.connect("promoted");
+    assert_eq!(
+        reader.number("SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'pg_rekey%'"),
+        0
+    );
+    standby.append("rekey.worker = on");
+    standby.reload(&mut reader);
+    standby.promote();
+    let mut reader = standby.connect("promoted");
+    wait_until("the rotation is drained there", || {
+        drained(&mut reader) == 1
+    });
+    assert_eq!(
+        reader.number("SELECT count(*) FROM t WHERE decrypt_col(c) = 'v' || id"),
+        100
+    );
+}
+
+#[test]
+fn a_key_that_has_passed_its_longest_life_is_rotated() {
+    let cluster = cluster();
+    let mut client = prepare(&cluster.database("aged"));
+    client.run("SELECT rekey.set_policy('pii', max_age => '2 seconds')");
+    wait_until("it is rotated by age", || {
+        client.number(
+            "SELECT count(*) FROM rekey.audit WHERE action = 'rotate_key' \
+                       AND detail LIKE 'max_age%'",
+        ) > 0
+    });
+    client.run("SELECT rekey.set_policy('pii', max_age => '0')");
+    wait_until("and drained", || drained(&mut client) > 0);
+    assert_eq!(
+        client.number("SELECT count(*) FROM t WHERE decrypt_col(c) = 'v' || id"),
+        100
+    );
+}

@@ -66,11 +66,14 @@ fn with_nothing_stale_it_is_silent() {
     wait_until("the rotation is drained", || drained(&mut client) == 1);
     wait_until("the worker has ended", || workers(&mut client) == 0);
     client.run("CHECKPOINT");
-    // This session's own transactions are counted when it ends its statements: one reading before
-    // and one after differ by what it did itself, in another database nothing at all.
+    drop(client);
     let reading = "SELECT string_agg(datname || xact_commit + xact_rollback, ',' ORDER BY datname) \
                      FROM pg_stat_database WHERE datname IS NOT NULL AND datname <> current_database()";
     let mut watcher = cluster.connect("postgres");
+    wait_until("the client's session has left its counts", || {
+        watcher.number("SELECT count(*) FROM pg_stat_activity WHERE datname = 'silent'") == 0
+    });
+    watcher.run("SELECT pg_stat_clear_snapshot()");
     let before = (
         watcher.text(reading),
         watcher.text("SELECT pg_current_wal_insert_lsn()"),

@@ -61,9 +61,14 @@ fn read(table: Option<Oid>) -> Result<Facts> {
     let dead = match table {
         None => None,
         Some(table) => bigint(
-            "SELECT (1000000 * pg_catalog.pg_stat_get_dead_tuples($1)::numeric / greatest(1, \
-                 pg_catalog.pg_stat_get_live_tuples($1) \
-                 + pg_catalog.pg_stat_get_dead_tuples($1)))::bigint",
+            // Few dead rows are nothing to wait for, nor is a vacuum that does not come.
+            "SELECT (1000000 * d.dead::numeric / greatest(1, d.live + d.dead))::bigint \
+               FROM (SELECT pg_catalog.pg_stat_get_dead_tuples($1) AS dead, \
+                            pg_catalog.pg_stat_get_live_tuples($1) AS live) AS d, \
+                    pg_catalog.pg_class c \
+              WHERE c.oid = $1 AND d.dead > 100000 \
+                AND pg_catalog.current_setting('autovacuum') = 'on' \
+                AND NOT coalesce(c.reloptions::text LIKE '%autovacuum_enabled=false%', false)",
             &[Arg::Oid(table)],
         )?,
     };

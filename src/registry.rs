@@ -64,6 +64,14 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
             continue;
         };
         for table in relation::leaves(row.table) {
+            if relation::kind(table) != b'r' {
+                troubles.push(Trouble {
+                    table: crate::ffi::table::name(table)?,
+                    what: "a partition that is a foreign table cannot be re-encrypted here"
+                        .to_string(),
+                });
+                continue;
+            }
             let number = relation::column_number(table, &name);
             let Some(attnum) = number.filter(|n| relation::is_bytea(table, *n)) else {
                 troubles.push(Trouble {

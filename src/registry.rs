@@ -51,7 +51,10 @@ pub fn attnum(row: &read::RegisteredRow) -> Option<i16> {
 pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
     let mut leaves: Vec<Leaf> = Vec::new();
     let mut troubles = Vec::new();
-    for row in read::registered_columns()? {
+    let mut rows = read::registered_columns()?;
+    // What a partition says of itself goes before what the table above it says of it.
+    rows.sort_by_key(|row| (relation::kind(row.table) == b'p', row.table.to_u32()));
+    for row in rows {
         if !relation::exists(row.table) {
             continue; // dropped in a session that has not loaded the library
         }

@@ -109,6 +109,42 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
     Ok((leaves, troubles))
 }
 
+/// One table with its columns, as `leaves` would give it; of a partitioned table the columns that
+/// its partitions have through it. None when nothing of it is registered, or can be served.
+pub fn leaf(table: Oid) -> Result<Option<Leaf>> {
+    let mut above = relation::ancestors(table);
+    above.insert(0, table);
+    let mut leaf = Leaf {
+        table,
+        columns: Vec::new(),
+        fire_triggers: false,
+    };
+    let rows = read::registered_columns()?;
+    for row in above
+        .iter()
+        .flat_map(|oid| rows.iter().filter(|row| row.table == *oid))
+    {
+        let name = attnum(row).and_then(|number| relation::column_name(row.table, number));
+        let number = name
+            .as_deref()
+            .and_then(|name| relation::column_number(table, name))
+            .filter(|number| relation::is_bytea(table, *number));
+        let (Some(name), Some(attnum)) = (name, number) else {
+            continue;
+        };
+        leaf.fire_triggers |= row.fire_triggers;
+        if leaf.columns.iter().all(|column| column.attnum != attnum) {
+            leaf.columns.push(LeafColumn {
+                attnum,
+                name,
+                context: row.context.clone(),
+            });
+        }
+    }
+    leaf.columns.sort_by_key(|column| column.attnum);
+    Ok((!leaf.columns.is_empty()).then_some(leaf))
+}
+
 /// Why a table cannot be re-encrypted safely, if so: asked at registration and again before each
 /// batch, since its owner may have changed it. `relation` is open.
 pub fn refusal(relation: pg_sys::Relation, fire_triggers: bool) -> Option<(&'static str, String)> {

@@ -8,6 +8,7 @@ use pgrx::PgSqlErrorCode as Code;
 use pgrx::pg_sys::{FunctionCallInfo, Oid};
 use pgrx::prelude::*;
 
+use super::touch;
 use crate::catalog::work;
 use crate::catalog::write::{self, Audit};
 use crate::error::{Error, Result};
@@ -24,7 +25,7 @@ fn object(code: Code, message: String, detail: &str, hint: &str) -> Error {
 }
 
 /// Refuses a caller who is not the table's owner.
-fn own(oid: Oid) -> Result<()> {
+pub(super) fn own(oid: Oid) -> Result<()> {
     let user = session::current_user();
     if !relation::exists(oid) {
         return Err(object(
@@ -44,7 +45,7 @@ fn own(oid: Oid) -> Result<()> {
     ))
 }
 
-fn audit(action: &str, detail: &str) -> Result<()> {
+pub(super) fn audit(action: &str, detail: &str) -> Result<()> {
     Audit {
         action,
         key: None,
@@ -190,6 +191,7 @@ fn register_column(fcinfo: FunctionCallInfo) -> Reply {
                 "To change its context: rekey.unregister_column(table_name, column_name) first.",
             ));
         }
+        touch::follow(oid)?;
         audit("register_column", &format!("{name}.{column}"))?;
         hooks::wake_on_commit();
         Ok(Reply::void())
@@ -213,6 +215,7 @@ fn unregister_column(fcinfo: FunctionCallInfo) -> Reply {
                 "Name a registered column.",
             ));
         }
+        touch::follow(oid)?;
         audit("unregister_column", &format!("{name}.{column}"))?;
         hooks::wake_on_commit();
         Ok(Reply::void())

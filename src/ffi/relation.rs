@@ -19,6 +19,8 @@ unsafe extern "C-unwind" {
         lockmode: pg_sys::LOCKMODE,
         numparents: *mut *mut pg_sys::List,
     ) -> *mut pg_sys::List;
+    // src/include/catalog/partition.h
+    fn get_partition_ancestors(relation: Oid) -> *mut pg_sys::List;
 }
 
 /// Whether there is such a relation.
@@ -96,6 +98,18 @@ pub fn leaves(relation: Oid) -> Vec<Oid> {
                 .collect()
         }
         _ => Vec::new(),
+    }
+}
+
+/// The partitioned tables that a table is a partition of, the nearest first.
+pub fn ancestors(relation: Oid) -> Vec<Oid> {
+    // SAFETY: a syscache look-up; get_partition_ancestors raises for what is no partition.
+    unsafe {
+        if !exists(relation) || !pg_sys::get_rel_relispartition(relation) {
+            return Vec::new();
+        }
+        let list = pg_guard_ffi_boundary(|| get_partition_ancestors(relation));
+        pgrx::PgList::<Oid>::from_pg(list).iter_oid().collect()
     }
 }
 

@@ -261,6 +261,33 @@ $$;
 COMMENT ON FUNCTION rekey.find_envelopes() IS
     'Envelopes in bytea columns, materialized views and defaults that nobody has registered; reads every table';
 
+-- Re-encryption on touch.
+
+CREATE FUNCTION rekey.is_stale(envelope bytea) RETURNS boolean
+    LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'is_stale_wrapper';
+COMMENT ON FUNCTION rekey.is_stale(bytea) IS
+    'Whether the slot in the header is not the active slot of its key, which has one; false for anything else, NULL for NULL';
+
+CREATE FUNCTION rekey.is_closed(envelope bytea) RETURNS boolean
+    LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'is_closed_wrapper';
+COMMENT ON FUNCTION rekey.is_closed(bytea) IS
+    'Whether the slot in the header is drained, disabled or destroyed; false for anything else, NULL for NULL';
+
+CREATE FUNCTION rekey.touch() RETURNS trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'touch_wrapper';
+COMMENT ON FUNCTION rekey.touch() IS
+    'Trigger of rekey.enable_touch: re-encrypts the stale envelopes of a row that is updated anyway';
+
+CREATE FUNCTION rekey.enable_touch(table_name regclass, refuse_closed boolean DEFAULT false) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'enable_touch_wrapper';
+COMMENT ON FUNCTION rekey.enable_touch(regclass, boolean) IS
+    'Has every UPDATE of a row re-encrypt its stale envelopes too; refuse_closed: nothing is stored under a drained, disabled or destroyed slot any more';
+
+CREATE FUNCTION rekey.disable_touch(table_name regclass) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'disable_touch_wrapper';
+COMMENT ON FUNCTION rekey.disable_touch(regclass) IS
+    'Ends what enable_touch() began';
+
 CREATE FUNCTION rekey.table_visible(table_name regclass) RETURNS boolean
     LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'table_visible_wrapper';
 COMMENT ON FUNCTION rekey.table_visible(regclass) IS

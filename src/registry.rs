@@ -51,7 +51,10 @@ pub fn attnum(row: &read::RegisteredRow) -> Option<i16> {
 pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
     let mut leaves: Vec<Leaf> = Vec::new();
     let mut troubles = Vec::new();
-    for row in read::registered_columns()? {
+    let mut rows = read::registered_columns()?;
+    // What a partition says of itself goes before what the table above it says of it.
+    rows.sort_by_key(|row| (relation::kind(row.table) == b'p', row.table.to_u32()));
+    for row in rows {
         if !relation::exists(row.table) {
             continue; // dropped in a session that has not loaded the library
         }
@@ -64,6 +67,14 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
             continue;
         };
         for table in relation::leaves(row.table) {
+            if relation::kind(table) != b'r' {
+                troubles.push(Trouble {
+                    table: crate::ffi::table::name(table)?,
+                    what: "a partition that is a foreign table cannot be re-encrypted here"
+                        .to_string(),
+                });
+                continue;
+            }
             let number = relation::column_number(table, &name);
             let Some(attnum) = number.filter(|n| relation::is_bytea(table, *n)) else {
                 troubles.push(Trouble {
@@ -96,6 +107,42 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
     }
     leaves.sort_by_key(|leaf| leaf.table.to_u32());
     Ok((leaves, troubles))
+}
+
+/// One table with its columns, as `leaves` would give it; of a partitioned table the columns that
+/// its partitions have through it. None when nothing of it is registered, or can be served.
+pub fn leaf(table: Oid) -> Result<Option<Leaf>> {
+    let mut above = relation::ancestors(table);
+    above.insert(0, table);
+    let mut leaf = Leaf {
+        table,
+        columns: Vec::new(),
+        fire_triggers: false,
+    };
+    let rows = read::registered_columns()?;
+    for row in above
+        .iter()
+        .flat_map(|oid| rows.iter().filter(|row| row.table == *oid))
+    {
+        let name = attnum(row).and_then(|number| relation::column_name(row.table, number));
+        let number = name
+            .as_deref()
+            .and_then(|name| relation::column_number(table, name))
+            .filter(|number| relation::is_bytea(table, *number));
+        let (Some(name), Some(attnum)) = (name, number) else {
+            continue;
+        };
+        leaf.fire_triggers |= row.fire_triggers;
+        if leaf.columns.iter().all(|column| column.attnum != attnum) {
+            leaf.columns.push(LeafColumn {
+                attnum,
+                name,
+                context: row.context.clone(),
+            });
+        }
+    }
+    leaf.columns.sort_by_key(|column| column.attnum);
+    Ok((!leaf.columns.is_empty()).then_some(leaf))
 }
 
 /// Why a table cannot be re-encrypted safely, if so: asked at registration and again before each

@@ -102,6 +102,58 @@ pub fn slots() -> Result<Rc<Slots>> {
     Ok(slots)
 }
 
+/// What the state of one envelope's slot means for whoever stores it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Judgement {
+    /// It is not the active slot of its key, and the key has one.
+    pub stale: bool,
+    /// It is drained, disabled or destroyed: nothing should be stored under it any more.
+    pub closed: bool,
+}
+
+/// Slots that are judged one by one: a session that updates rows meets few of them, and need not
+/// read all slots of the database after each change of the catalog, as a pass does.
+const JUDGED: usize = 256;
+
+thread_local! {
+    static JUDGEMENTS: RefCell<(u64, BySlot<Judgement>)> =
+        RefCell::new((0, BySlot::default()));
+}
+
+/// Judges one slot; an unknown one is neither stale nor closed.
+pub fn judge(slot: SlotId) -> Result<Judgement> {
+    let generation = hooks::generation();
+    let known = JUDGEMENTS.with_borrow(|(of, judged)| {
+        let current = *of == generation;
+        current.then(|| judged.get(&slot).copied()).flatten()
+    });
+    if let Some(judgement) = known {
+        return Ok(judgement);
+    }
+    let mut judgement = Judgement {
+        stale: false,
+        closed: false,
+    };
+    if let Some(row) = read::slot(slot)? {
+        let name = text::to_server(row.key_name.as_bytes())?;
+        let seals = read::key(&name)?.is_some_and(|key| key.seals);
+        let active = read::active_slot(&name)?;
+        judgement.stale = seals && active.is_some_and(|active| active != slot);
+        judgement.closed = matches!(
+            row.state,
+            SlotState::Drained | SlotState::Disabled | SlotState::Destroyed
+        );
+    }
+    JUDGEMENTS.with_borrow_mut(|(of, judged)| {
+        if *of != generation || judged.len() >= JUDGED {
+            judged.clear();
+        }
+        *of = generation;
+        judged.insert(slot, judgement);
+    });
+    Ok(judgement)
+}
+
 /// The header of a datum that is long enough to be an envelope, without its body.
 #[inline]
 pub fn header(datum: pg_sys::Datum) -> Option<Header> {

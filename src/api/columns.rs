@@ -8,6 +8,7 @@ use pgrx::PgSqlErrorCode as Code;
 use pgrx::pg_sys::{FunctionCallInfo, Oid};
 use pgrx::prelude::*;
 
+use super::touch;
 use crate::catalog::work;
 use crate::catalog::write::{self, Audit};
 use crate::error::{Error, Result};
@@ -24,7 +25,7 @@ fn object(code: Code, message: String, detail: &str, hint: &str) -> Error {
 }
 
 /// Refuses a caller who is not the table's owner.
-fn own(oid: Oid) -> Result<()> {
+pub(super) fn own(oid: Oid) -> Result<()> {
     let user = session::current_user();
     if !relation::exists(oid) {
         return Err(object(
@@ -44,7 +45,7 @@ fn own(oid: Oid) -> Result<()> {
     ))
 }
 
-fn audit(action: &str, detail: &str) -> Result<()> {
+pub(super) fn audit(action: &str, detail: &str) -> Result<()> {
     Audit {
         action,
         key: None,
@@ -109,10 +110,23 @@ fn check(oid: Oid, column: &str, context: &str, fire_triggers: bool) -> Result<i
             "Store what encrypt_col returns in a column of type bytea.",
         ));
     }
-    let mut sealed = vec![attnum];
     let (leaves, _) = registry::leaves()?;
-    let others = leaves.iter().filter(|leaf| leaf.table == oid);
-    sealed.extend(others.flat_map(|leaf| leaf.columns.iter().map(|c| c.attnum)));
+    let known = leaves.iter().find(|leaf| leaf.table == oid);
+    let known = known.map_or(&[][..], |leaf| &leaf.columns);
+    // Registered already through a partitioned table above it, or below it.
+    if known
+        .iter()
+        .any(|c| c.attnum == attnum && c.context != context)
+    {
+        return Err(object(
+            Code::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            format!("column \"{column}\" of {name} is registered with another context"),
+            "A partition and the table above it must agree on the context of a column.",
+            "Unregister the other one, or pass its context: rekey.columns shows it.",
+        ));
+    }
+    let mut sealed = vec![attnum];
+    sealed.extend(known.iter().map(|column| column.attnum));
     if let Some(why) = registry::column_refusal(oid, attnum)? {
         return Err(object(
             Code::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
@@ -130,9 +144,15 @@ fn check(oid: Oid, column: &str, context: &str, fire_triggers: bool) -> Result<i
              them.",
         ));
     }
-    if !context.is_empty() {
+    // The contexts of the other columns must not read this one either.
+    let contexts = known.iter().map(|column| column.context.as_str());
+    let mut contexts: Vec<&str> = contexts.chain([context]).collect();
+    contexts.retain(|context| !context.is_empty());
+    if !contexts.is_empty() {
         let _owner = OwnerOf::begin(relation::owner(locked.0), false);
-        Expression::prepare(locked.0, context, &sealed)?;
+        for context in contexts {
+            Expression::prepare(locked.0, context, &sealed)?;
+        }
     }
     Ok(attnum)
 }
@@ -171,6 +191,7 @@ fn register_column(fcinfo: FunctionCallInfo) -> Reply {
                 "To change its context: rekey.unregister_column(table_name, column_name) first.",
             ));
         }
+        touch::follow(oid)?;
         audit("register_column", &format!("{name}.{column}"))?;
         hooks::wake_on_commit();
         Ok(Reply::void())
@@ -194,6 +215,7 @@ fn unregister_column(fcinfo: FunctionCallInfo) -> Reply {
                 "Name a registered column.",
             ));
         }
+        touch::follow(oid)?;
         audit("unregister_column", &format!("{name}.{column}"))?;
         hooks::wake_on_commit();
         Ok(Reply::void())

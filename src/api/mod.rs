@@ -9,4 +9,5 @@ mod open;
 mod root_keys;
 mod seal;
 mod slots;
+mod touch;
 mod triggers;

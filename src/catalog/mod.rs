@@ -7,6 +7,7 @@
 
 pub mod guard;
 pub mod read;
+pub mod touch;
 pub mod work;
 pub mod write;
 

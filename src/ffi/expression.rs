@@ -90,6 +90,16 @@ impl Expression {
                     EXAMPLE,
                 ));
             }
+            let table = (*relation).rd_id;
+            if (1..=(*(*relation).rd_rel).relnatts).any(|column| {
+                pg_sys::bms_is_member(i32::from(column) - low, used)
+                    && super::relation::is_generated(table, column)
+            }) {
+                return Err(refused(
+                    "It uses a generated column, which is not there yet when a trigger looks.",
+                    EXAMPLE,
+                ));
+            }
             Ok(Expression {
                 state: pg_sys::ExecInitExpr(planned, std::ptr::null_mut()),
                 context: pg_sys::CreateStandaloneExprContext(),
@@ -169,8 +179,29 @@ unsafe fn single_target(source: &std::ffi::CStr) -> Result<*mut pg_sys::Node> {
         }
         let targets = pgrx::PgList::<pg_sys::ResTarget>::from_pg((*select).targetList);
         match (targets.len(), targets.get_ptr(0)) {
-            (1, Some(target)) if (*target).name.is_null() => Ok((*target).val),
+            (1, Some(target)) if (*target).name.is_null() && !is_star((*target).val) => {
+                Ok((*target).val)
+            }
             _ => Err(plain()),
         }
+    }
+}
+
+/// Whether a node of the raw grammar is `*` or ends in it: transformExpr relies on its caller to
+/// have expanded that, and would take the star for a name.
+///
+/// # Safety
+/// `node` is a node of the raw parser's.
+unsafe fn is_star(node: *mut pg_sys::Node) -> bool {
+    // SAFETY: promised by the caller; each cast follows the node's tag.
+    unsafe {
+        if (*node).type_ != pg_sys::NodeTag::T_ColumnRef {
+            return false;
+        }
+        let fields = (*node.cast::<pg_sys::ColumnRef>()).fields;
+        let fields = pgrx::PgList::<pg_sys::Node>::from_pg(fields);
+        fields
+            .iter_ptr()
+            .any(|field| (*field).type_ == pg_sys::NodeTag::T_A_Star)
     }
 }

@@ -5,8 +5,13 @@
 
 use std::ffi::{CString, c_char};
 
+use pgrx::pg_sys::ffi::pg_guard_ffi_boundary;
 use pgrx::pg_sys::{self, Oid};
 
+/// The first OID of users' objects (src/include/access/transam.h).
+const FIRST_NORMAL_OBJECT: u32 = 16384;
+
+// Functions that pgrx does not bind. They may raise: called through pg_guard_ffi_boundary only.
 unsafe extern "C-unwind" {
     // src/include/catalog/pg_inherits.h
     fn find_all_inheritors(
@@ -14,6 +19,8 @@ unsafe extern "C-unwind" {
         lockmode: pg_sys::LOCKMODE,
         numparents: *mut *mut pg_sys::List,
     ) -> *mut pg_sys::List;
+    // src/include/catalog/partition.h
+    fn get_partition_ancestors(relation: Oid) -> *mut pg_sys::List;
 }
 
 /// Whether there is such a relation.
@@ -45,6 +52,23 @@ pub fn column_number(relation: Oid, name: &str) -> Option<i16> {
     (number > 0).then_some(number)
 }
 
+/// Whether PostgreSQL computes a column.
+pub fn is_generated(relation: Oid, attnum: i16) -> bool {
+    // SAFETY: the tuple is released once read; GETSTRUCT is its pg_attribute row.
+    unsafe {
+        let cache = pg_sys::SysCacheIdentifier::ATTNUM as i32;
+        let (relation, attnum) = (pg_sys::Datum::from(relation), pg_sys::Datum::from(attnum));
+        let tuple = pg_sys::SearchSysCache2(cache, relation, attnum);
+        if tuple.is_null() {
+            return false;
+        }
+        let row = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_attribute>();
+        let generated = (*row).attgenerated != 0;
+        pg_sys::ReleaseSysCache(tuple);
+        generated
+    }
+}
+
 /// Whether a column is bytea, or a domain over it.
 pub fn is_bytea(relation: Oid, attnum: i16) -> bool {
     // SAFETY: syscache look-ups; 0 has no base type but itself.
@@ -54,20 +78,38 @@ pub fn is_bytea(relation: Oid, attnum: i16) -> bool {
     }
 }
 
-/// The tables that store the rows: the table itself, or the leaves of a partitioned one.
+/// The tables that store the rows: the table itself, or the leaves of a partitioned one, of which
+/// some may be foreign tables.
 pub fn leaves(relation: Oid) -> Vec<Oid> {
     match kind(relation) {
         b'r' => vec![relation],
         b'p' => {
             // SAFETY: reads pg_inherits; the list holds OIDs and lives in the current context.
             let all: Vec<Oid> = unsafe {
-                let list =
-                    find_all_inheritors(relation, pg_sys::NoLock as i32, std::ptr::null_mut());
+                let list = pg_guard_ffi_boundary(|| {
+                    find_all_inheritors(relation, pg_sys::NoLock as i32, std::ptr::null_mut())
+                });
                 pgrx::PgList::<Oid>::from_pg(list).iter_oid().collect()
             };
-            all.into_iter().filter(|oid| kind(*oid) == b'r').collect()
+            // What is gone meanwhile holds nothing; a partitioned one is there by its leaves. A
+            // foreign one stays in the list: its envelopes must not be passed over in silence.
+            all.into_iter()
+                .filter(|oid| !matches!(kind(*oid), 0 | b'p'))
+                .collect()
         }
         _ => Vec::new(),
+    }
+}
+
+/// The partitioned tables that a table is a partition of, the nearest first.
+pub fn ancestors(relation: Oid) -> Vec<Oid> {
+    // SAFETY: a syscache look-up; get_partition_ancestors raises for what is no partition.
+    unsafe {
+        if !exists(relation) || !pg_sys::get_rel_relispartition(relation) {
+            return Vec::new();
+        }
+        let list = pg_guard_ffi_boundary(|| get_partition_ancestors(relation));
+        pgrx::PgList::<Oid>::from_pg(list).iter_oid().collect()
     }
 }
 
@@ -183,6 +225,10 @@ fn fires(enabled: c_char, fire_triggers: bool) -> bool {
     }
 }
 
+/// A trigger that is put off to the end of the transaction runs when nobody acts as the table's
+/// owner any more: before PostgreSQL 18 as the worker, a superuser. One that is only DEFERRABLE is
+/// no better, since the code of any other trigger may SET CONSTRAINTS. The triggers of foreign keys
+/// and unique constraints are PostgreSQL's own and change to the owner by themselves.
 fn trigger_refusal(
     relation: pg_sys::Relation,
     fire_triggers: bool,
@@ -196,13 +242,15 @@ fn trigger_refusal(
         let count = usize::try_from((*desc).numtriggers).unwrap_or(0);
         let triggers = std::slice::from_raw_parts((*desc).triggers, count);
         let deferred = triggers.iter().find(|trigger| {
-            trigger.tginitdeferred
+            let built_in = trigger.tgisinternal && trigger.tgfoid.to_u32() < FIRST_NORMAL_OBJECT;
+            trigger.tgdeferrable
+                && !built_in
                 && fires(trigger.tgenabled, fire_triggers)
                 && u32::from(trigger.tgtype.unsigned_abs()) & pg_sys::TRIGGER_TYPE_UPDATE != 0
         });
         deferred.map(|trigger| {
             (
-                "has a trigger that is INITIALLY DEFERRED",
+                "has a trigger that is DEFERRABLE or INITIALLY DEFERRED",
                 super::text::c_string(trigger.tgname),
             )
         })

@@ -117,6 +117,16 @@ pub struct ActAs {
 impl ActAs {
     /// Switches to `owner`, remembering the caller.
     pub fn owner(owner: pg_sys::Oid) -> ActAs {
+        ActAs::with(owner, 0)
+    }
+
+    /// Switches to the owner of a users' table to run a function of his within somebody else's
+    /// statement: it can change neither user nor settings, and leaves nothing behind.
+    pub fn restricted(owner: pg_sys::Oid) -> ActAs {
+        ActAs::with(owner, pg_sys::SECURITY_RESTRICTED_OPERATION as c_int)
+    }
+
+    fn with(owner: pg_sys::Oid, flags: c_int) -> ActAs {
         let mut user = pg_sys::InvalidOid;
         let mut context = 0;
         // SAFETY: reads two statics, then sets them; the nest level is closed in drop or by the
@@ -148,6 +158,7 @@ impl ActAs {
             pg_sys::SetUserIdAndSecContext(
                 owner,
                 context
+                    | flags
                     | pg_sys::SECURITY_LOCAL_USERID_CHANGE as c_int
                     | pg_sys::SECURITY_NOFORCE_RLS as c_int,
             );

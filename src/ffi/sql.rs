@@ -127,9 +127,12 @@ fn execute<R>(
     read: impl FnOnce(pgrx::spi::SpiTupleTable<'_>) -> pgrx::spi::SpiResult<R>,
 ) -> Result<R> {
     let args = args.iter().map(Arg::datum).collect::<Result<Vec<_>>>()?;
+    // Only names of tables and columns are ever in the text of a statement, never values.
+    let sql = std::ffi::CString::new(super::text::to_server(sql.as_bytes())?.into_owned())
+        .map_err(|_| Error::NotEncodable)?;
     let keys = super::scan::relation(c"key_slot").ok_or(Error::NoCatalog)?;
     let _own_code = OwnCode::begin();
     let _act_as = ActAs::owner(table_owner(keys));
-    Spi::connect_mut(|client| read(client.update(sql, None, &args)?))
+    Spi::connect_mut(|client| read(client.update(sql.as_c_str(), None, &args)?))
         .map_err(|e| Error::Internal(e.to_string()))
 }

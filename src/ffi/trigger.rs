@@ -1,6 +1,8 @@
 //! The data that PostgreSQL passes to a trigger function, as far as ours need it.
 //!
-//! Called by src/api/triggers.rs, for statement and row triggers alike.
+//! Called by src/api/triggers.rs and src/api/touch.rs, for statement and row triggers alike.
+
+use std::ffi::c_int;
 
 use pgrx::pg_sys;
 
@@ -32,6 +34,88 @@ impl TriggerCall {
         unsafe {
             let name = &(*(*(*self.0).tg_relation).rd_rel).relname;
             super::text::c_string(name.data.as_ptr())
+        }
+    }
+
+    /// The table that changes, open.
+    pub fn relation(&self) -> pg_sys::Relation {
+        // SAFETY: as above.
+        unsafe { (*self.0).tg_relation }
+    }
+
+    /// The owner of the table.
+    pub fn table_owner(&self) -> pg_sys::Oid {
+        // SAFETY: as above.
+        unsafe { (*(*(*self.0).tg_relation).rd_rel).relowner }
+    }
+
+    /// Whether it fires before a row is inserted or updated.
+    pub fn is_before_store(&self) -> bool {
+        // SAFETY: the trigger data is live.
+        let event = unsafe { (*self.0).tg_event };
+        event & pg_sys::TRIGGER_EVENT_ROW != 0
+            && event & pg_sys::TRIGGER_EVENT_TIMINGMASK == pg_sys::TRIGGER_EVENT_BEFORE
+            && (self.is_update()
+                || event & pg_sys::TRIGGER_EVENT_OPMASK == pg_sys::TRIGGER_EVENT_INSERT)
+    }
+
+    /// Whether an UPDATE fires it.
+    pub fn is_update(&self) -> bool {
+        // SAFETY: the trigger data is live.
+        let event = unsafe { (*self.0).tg_event };
+        event & pg_sys::TRIGGER_EVENT_OPMASK == pg_sys::TRIGGER_EVENT_UPDATE
+    }
+
+    /// Whether the trigger was made for INSERT too.
+    pub fn serves_inserts(&self) -> bool {
+        // SAFETY: the trigger is that of the live call.
+        let kind = unsafe { (*(*self.0).tg_trigger).tgtype };
+        u32::from(kind.unsigned_abs()) & pg_sys::TRIGGER_TYPE_INSERT != 0
+    }
+
+    /// The row as it is to be stored. Of a row trigger.
+    pub fn new_row(&self) -> *mut pg_sys::TupleTableSlot {
+        // SAFETY: ExecBRInsertTriggers passes the one row in tg_trigslot, ExecBRUpdateTriggers the
+        // new one in tg_newslot.
+        unsafe {
+            if self.is_update() {
+                (*self.0).tg_newslot
+            } else {
+                (*self.0).tg_trigslot
+            }
+        }
+    }
+
+    /// The row as it was, for an UPDATE. Of a row trigger.
+    pub fn old_row(&self) -> Option<*mut pg_sys::TupleTableSlot> {
+        // SAFETY: as in `new_row`.
+        self.is_update().then(|| unsafe { (*self.0).tg_trigslot })
+    }
+
+    /// Lets the row be stored with other values in some columns. Of a row trigger before a store.
+    pub fn store_with(&self, changes: &[(i16, pg_sys::Datum)]) -> Reply {
+        let mut columns: Vec<c_int> = changes.iter().map(|(at, _)| c_int::from(*at)).collect();
+        let mut values: Vec<pg_sys::Datum> = changes.iter().map(|(_, value)| *value).collect();
+        let mut nulls = vec![false; changes.len()];
+        // SAFETY: the tuple is of the relation's descriptor; the three lists are of one length, and
+        // each value is of its column's type. The result is a fresh tuple.
+        unsafe {
+            let tuple = if self.is_update() {
+                (*self.0).tg_newtuple
+            } else {
+                (*self.0).tg_trigtuple
+            };
+            if changes.is_empty() {
+                return Reply::datum(pg_sys::Datum::from(tuple));
+            }
+            Reply::datum(pg_sys::Datum::from(pg_sys::heap_modify_tuple_by_cols(
+                tuple,
+                (*(*self.0).tg_relation).rd_att,
+                c_int::try_from(changes.len()).unwrap_or(0),
+                columns.as_mut_ptr(),
+                values.as_mut_ptr(),
+                nulls.as_mut_ptr(),
+            )))
         }
     }
 

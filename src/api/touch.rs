@@ -1,0 +1,269 @@
+//! Re-encryption on touch: enable_touch, disable_touch, the trigger itself, is_stale, is_closed.
+//!
+//! The trigger acts for whoever updates the row: no privilege on the key is asked, since nothing
+//! but the slot of an envelope changes: same key, kind, payload and context. What does not open is
+//! left as it is: the trigger never fails an UPDATE because of a value, and the worker reports it.
+
+use pgrx::pg_sys::{self, FunctionCallInfo, Oid};
+use pgrx::prelude::*;
+
+use super::columns::{audit, own};
+use crate::cache;
+use crate::catalog::touch::{self, NAME};
+use crate::error::{Error, Result};
+use crate::ffi::call::{Call, Reply, reply};
+use crate::ffi::expression::Expression;
+use crate::ffi::session::{self, ActAs};
+use crate::ffi::table::{self, columns_of};
+use crate::ffi::trigger::TriggerCall;
+use crate::ffi::{relation, text};
+use crate::registry;
+use crate::stale::{self, Judgement, header};
+
+#[pg_extern(sql = false)]
+fn is_stale(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| judged(&call, |judgement| judgement.stale))
+}
+
+#[pg_extern(sql = false)]
+fn is_closed(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| judged(&call, |judgement| judgement.closed))
+}
+
+#[inline]
+fn judged(call: &Call, verdict: fn(Judgement) -> bool) -> Result<Reply> {
+    let Some(datum) = call.datum(0) else {
+        return Ok(Reply::null());
+    };
+    let Some(header) = header(datum) else {
+        return Ok(Reply::bool(false));
+    };
+    stale::judge(header.slot).map(|judgement| Reply::bool(verdict(judgement)))
+}
+
+/// The trigger as it stands, which the caller may change. Locked, so that two callers do not
+/// meet, nor a caller and a change of the table's columns.
+fn claimed(oid: Oid) -> Result<Option<touch::Installed>> {
+    own(oid)?;
+    if let Some(open) = relation::lock(oid) {
+        relation::close(open);
+    }
+    own(oid)?;
+    let installed = touch::installed(oid)?;
+    let name = table::name(oid)?;
+    match installed {
+        Some(trigger) if !trigger.ours => Err(Error::State(
+            format!("{name} has another trigger named {NAME}"),
+            "The name makes it the last of its kind, and is taken.".to_string(),
+            "Rename that trigger: ALTER TRIGGER ... RENAME TO ....".to_string(),
+        )),
+        Some(trigger) if trigger.inherited => Err(Error::State(
+            format!("{name} is touched through a partitioned table above it"),
+            "Its trigger is that of the partitioned table.".to_string(),
+            "Enable or disable touch on the partitioned table.".to_string(),
+        )),
+        other => Ok(other),
+    }
+}
+
+#[pg_extern(sql = false)]
+fn enable_touch(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"enable_touch()");
+        let oid = call.required_oid(0, "table_name")?;
+        let refuse_closed = call.required_bool(1, "refuse_closed")?;
+        claimed(oid)?;
+        let name = table::name(oid)?;
+        let Some(leaf) = registry::leaf(oid)? else {
+            return Err(Error::State(
+                format!("no column of {name} is registered"),
+                "Only registered columns are re-encrypted, with their registered contexts."
+                    .to_string(),
+                "Register them first: rekey.register_column(table_name, column_name, context)."
+                    .to_string(),
+            ));
+        };
+        for partition in relation::leaves(oid)
+            .into_iter()
+            .filter(|leaf| *leaf != oid)
+        {
+            if touch::installed(partition)?.is_some_and(|trigger| !trigger.inherited) {
+                return Err(Error::State(
+                    format!(
+                        "partition {} has a touch of its own",
+                        table::name(partition)?
+                    ),
+                    "A partition takes the trigger of the table above it.".to_string(),
+                    "Disable it first: rekey.disable_touch(table_name).".to_string(),
+                ));
+            }
+        }
+        install(oid, &leaf, refuse_closed)?;
+        let how = if refuse_closed { ", refuse_closed" } else { "" };
+        audit("enable_touch", &format!("{name}{how}"))?;
+        Ok(Reply::void())
+    })
+}
+
+#[pg_extern(sql = false)]
+fn disable_touch(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"disable_touch()");
+        let oid = call.required_oid(0, "table_name")?;
+        let installed = claimed(oid)?;
+        let name = table::name(oid)?;
+        if installed.is_none() {
+            return Err(Error::State(
+                format!("{name} is not touched"),
+                "It has no trigger of enable_touch.".to_string(),
+                "Nothing is left to do.".to_string(),
+            ));
+        }
+        touch::remove(oid)?;
+        audit("disable_touch", &name)?;
+        Ok(Reply::void())
+    })
+}
+
+fn install(oid: Oid, leaf: &registry::Leaf, refuse_closed: bool) -> Result<()> {
+    // Under the names that the columns have in this table.
+    let names: Vec<String> = leaf
+        .columns
+        .iter()
+        .filter_map(|column| relation::column_name(oid, column.attnum))
+        .collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    touch::install(oid, &names, refuse_closed)
+}
+
+/// After a change of a table's registered columns: its trigger, if it has one, asks for those.
+pub(super) fn follow(oid: Oid) -> Result<()> {
+    match touch::installed(oid)? {
+        Some(trigger) if trigger.ours && !trigger.inherited => match registry::leaf(oid)? {
+            Some(leaf) => install(oid, &leaf, trigger.refuse_closed),
+            None => touch::remove(oid),
+        },
+        _ => Ok(()),
+    }
+}
+
+/// What the trigger does with the rows of one statement.
+struct Plan {
+    columns: Vec<i16>,
+    contexts: Vec<Option<Expression>>,
+}
+
+impl Plan {
+    /// Everything lives as long as the statement.
+    fn of(trigger: &TriggerCall) -> Result<Plan> {
+        let mut plan = Plan {
+            columns: Vec::new(),
+            contexts: Vec::new(),
+        };
+        let Some(leaf) = registry::leaf(trigger.table())? else {
+            return Ok(plan);
+        };
+        plan.columns = leaf.columns.iter().map(|column| column.attnum).collect();
+        let _act_as = ActAs::restricted(trigger.table_owner());
+        for column in &leaf.columns {
+            plan.contexts.push(match column.context.as_str() {
+                "" => None,
+                text => Some(Expression::prepare(
+                    trigger.relation(),
+                    text,
+                    &plan.columns,
+                )?),
+            });
+        }
+        Ok(plan)
+    }
+}
+
+#[pg_extern(sql = false)]
+fn touch(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let trigger = TriggerCall::of(&call)
+            .filter(TriggerCall::is_before_store)
+            .ok_or_else(|| {
+                Error::State(
+                    "rekey.touch() is no ordinary function".to_string(),
+                    "It runs before a row is inserted or updated.".to_string(),
+                    "Use rekey.enable_touch(table_name).".to_string(),
+                )
+            })?;
+        let plan = match call.remembered::<Plan>() {
+            Some(plan) => plan,
+            None => call.remember(call.for_the_query(|| Plan::of(&trigger))?),
+        };
+        let mut changes = Vec::new();
+        let stored = columns_of(trigger.new_row(), &plan.columns);
+        for (at, value) in stored.into_iter().enumerate() {
+            let Some(datum) = value else { continue };
+            let Some(header) = header(datum) else {
+                continue;
+            };
+            let judgement = stale::judge(header.slot)?;
+            if judgement.closed && trigger.serves_inserts() {
+                refuse_unless_unchanged(&trigger, plan.columns[at], datum, header.slot)?;
+            }
+            if !judgement.stale {
+                continue;
+            }
+            let context = match &plan.contexts[at] {
+                Some(expression) if header.context_bound => {
+                    match unchanged_context(&trigger, expression)? {
+                        Some(context) => context,
+                        None => continue,
+                    }
+                }
+                _ => Vec::new(),
+            };
+            // An Err is a value that does not open, or a root key that is not there: not the
+            // affair of whoever updates the row.
+            if let Ok(Some(fresh)) = cache::reencrypt(text::detoasted(datum), &context) {
+                changes.push((plan.columns[at], fresh));
+            }
+        }
+        Ok(trigger.store_with(&changes))
+    })
+}
+
+/// The context of the row, unless the statement changes it or it is NULL: the envelope is then
+/// bound to what the row was, and is left to whoever has changed that.
+fn unchanged_context(trigger: &TriggerCall, expression: &Expression) -> Result<Option<Vec<u8>>> {
+    let _act_as = ActAs::restricted(trigger.table_owner());
+    let context = expression.evaluate(trigger.new_row())?;
+    if let Some(old) = trigger.old_row()
+        && expression.evaluate(old)? != context
+    {
+        return Ok(None);
+    }
+    Ok(context)
+}
+
+/// An UPDATE that leaves the column alone may keep a closed envelope where it is.
+fn refuse_unless_unchanged(
+    trigger: &TriggerCall,
+    column: i16,
+    stored: pg_sys::Datum,
+    slot: rekey_core::envelope::SlotId,
+) -> Result<()> {
+    if let Some(old) = trigger.old_row()
+        && let [Some(before)] = columns_of(old, &[column])[..]
+        && text::detoasted(before) == text::detoasted(stored)
+    {
+        return Ok(());
+    }
+    let name = relation::column_name(trigger.table(), column).unwrap_or_default();
+    Err(Error::State(
+        format!("an envelope of slot {slot} is not stored any more"),
+        format!(
+            "Column \"{name}\" of {} refuses envelopes of slots that are drained, disabled or \
+             destroyed.",
+            table::name(trigger.table())?
+        ),
+        "Seal the value again with encrypt_col. rekey.disable_touch(table_name), or \
+         rekey.enable_touch(table_name) without refuse_closed, lifts the refusal."
+            .to_string(),
+    ))
+}

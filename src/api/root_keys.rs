@@ -9,7 +9,7 @@ use crate::catalog::write::{self, Audit};
 use crate::error::{Error, Result};
 use crate::ffi::call::{Reply, reply};
 use crate::ffi::session;
-use crate::{guc, root_key};
+use crate::root_key::{self, Source};
 
 fn root_id(text: &str) -> Result<RootId> {
     RootId::parse(text).ok_or_else(|| {
@@ -41,9 +41,7 @@ fn init_root_key(fcinfo: FunctionCallInfo) -> Reply {
                 "Root keys are replaced by a rotation, never by a second init.".to_string(),
             ));
         }
-        let path = guc::root_key_file().ok_or_else(root_key::not_configured)?;
-        let id = root_key::create_or_read(&path, wanted)?;
-        root_key::reload()?;
+        let id = root_key::adopt(wanted)?;
         let check = root_key::with_any(&[id], |_, key| key.check())?;
         write::insert_root_key(id, &check)?;
         let detail = id.to_string();
@@ -56,10 +54,12 @@ fn init_root_key(fcinfo: FunctionCallInfo) -> Reply {
             detail: &detail,
         }
         .record()?;
-        pgrx::notice!(
-            "copy \"{}\" to every standby and to escrow: without it the data is lost",
-            path.display()
-        );
+        if let Source::File(path) = root_key::source()? {
+            pgrx::notice!(
+                "copy \"{}\" to every standby and to escrow: without it the data is lost",
+                path.display()
+            );
+        }
         Reply::text(&id.to_string())
     })
 }
@@ -94,6 +94,8 @@ fn holds_root_key(fcinfo: FunctionCallInfo) -> Reply {
             return Ok(Reply::null());
         }
         let id = root_id(&call.required_text(0, "root_id")?)?;
-        Ok(Reply::bool(root_key::holds(id)))
+        // Nobody makes the server look for root keys that no slot needs.
+        let known = read::root_keys()?.iter().any(|root| root.id == id);
+        Ok(Reply::bool(known && root_key::holds(id)))
     })
 }

@@ -8,6 +8,8 @@
 //! | `api` | the SQL functions, by subject |
 //! | `lifecycle` | creation, rotation, rollback, end of keys and slots |
 //! | `cache` | what a session keeps ready: slots, subkeys, privileges |
+//! | `root_rotation` | rotation, retirement and compromise of root keys |
+//! | `transfer` | keys to another database and back |
 //! | `standbys` | waiting until they have replayed what was committed |
 //! | `typed` | values of any type as payloads, and back |
 //! | `root_key` | where root keys come from |
@@ -25,7 +27,9 @@ mod ffi;
 mod guc;
 mod lifecycle;
 mod root_key;
+mod root_rotation;
 mod standbys;
+mod transfer;
 mod typed;
 
 pgrx::pg_module_magic!(name, version);

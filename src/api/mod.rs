@@ -8,4 +8,5 @@ mod open;
 mod root_keys;
 mod seal;
 mod slots;
+mod transfer;
 mod triggers;

@@ -128,7 +128,9 @@ fn explain(failure: command::Failure, limit: Duration) -> Error {
     use command::Failure;
     let detail = match failure {
         Failure::NotStarted(error) => format!("/bin/sh could not be started: {error}."),
-        Failure::Exited(127) => "It exited with status 127: the shell found no such program.".into(),
+        Failure::Exited(127) => {
+            "It exited with status 127: the shell found no such program.".into()
+        }
         Failure::Exited(126) => "It exited with status 126: the program cannot be executed.".into(),
         Failure::Exited(status) => format!("It exited with status {status}."),
         Failure::Signalled(number, name) => format!("It was ended by signal {number}: {name}."),

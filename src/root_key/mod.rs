@@ -124,7 +124,11 @@ pub fn holds(id: RootId) -> bool {
 
 /// The ids of the root keys that this process holds, in the keyring's order.
 pub fn held() -> Vec<RootId> {
-    LOADED.with_borrow(|loaded| loaded.as_ref().map_or(Vec::new(), |l| l.ring.ids().collect()))
+    LOADED.with_borrow(|loaded| {
+        loaded
+            .as_ref()
+            .map_or(Vec::new(), |l| l.ring.ids().collect())
+    })
 }
 
 fn held_of(candidates: &[RootId]) -> Option<RootId> {

@@ -132,6 +132,13 @@ fn explain(failure: command::Failure, limit: Duration) -> Error {
             "It exited with status 127: the shell found no such program.".into()
         }
         Failure::Exited(126) => "It exited with status 126: the program cannot be executed.".into(),
+        // The shell's word for a signal that ended what it ran.
+        Failure::Exited(status @ 129..=192) => {
+            format!(
+                "It exited with status {status}: ended by signal {}.",
+                status - 128
+            )
+        }
         Failure::Exited(status) => format!("It exited with status {status}."),
         Failure::Signalled(number, name) => format!("It was ended by signal {number}: {name}."),
         Failure::TimedOut => format!(

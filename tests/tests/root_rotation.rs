@@ -445,8 +445,9 @@ fn a_damaged_keyring_is_named_at_start_and_costs_nothing() {
     let file = cluster.root_key_file();
     let [first, second] = ids(&right).try_into().expect("two ids");
     let relabelled = right.replacen(&first, &"0".repeat(32), 1);
-    let duplicated = only(&right, &[&first]).replace("}]", "},")
-        + only(&right, &[&first]).split_once('[').expect("a list").1;
+    let one = only(&right, &[&first]);
+    let entry = &one[one.find('[').expect("a list") + 1..one.rfind(']').expect("its end")];
+    let duplicated = one.replace(entry, &format!("{entry},{entry}"));
     for (content, mode, what) in [
         (keyring(&other), 0o600, ""),
         (relabelled, 0o600, "entry 1"),

@@ -19,13 +19,17 @@ fn pair(name: &str) -> [Client; 2] {
     let [mut there, here] = clusters()
         .each_ref()
         .map(|cluster| cluster.database(name).connect());
-    there.run(
+    with_rows(&mut there);
+    [there, here]
+}
+
+fn with_rows(client: &mut Client) {
+    client.run(
         "SELECT rekey.create_key('pii');
          CREATE TABLE t AS SELECT encrypt_col('one', 'pii') AS c;
          SELECT rotate_key('pii');
          INSERT INTO t VALUES (encrypt_col('two', 'pii'))",
     );
-    [there, here]
 }
 
 /// Copies the sealed rows.
@@ -264,7 +268,10 @@ fn a_transport_key_does_not_reach_the_log() {
 
 #[test]
 fn a_destroyed_slot_comes_back_out_of_a_backup() {
-    let [mut client, _] = pair("restored");
+    // Of its own: it rotates the root key, which all databases of a cluster share.
+    let cluster = Cluster::start(Options::preloaded());
+    let mut client = cluster.database("restored").connect();
+    with_rows(&mut client);
     let slot = client.number("SELECT previous_slots[1] FROM rekey.keys");
     let wrap = client.text(&format!(
         "SELECT wrapped_key FROM rekey.slot_wrap WHERE slot_id = {slot}"

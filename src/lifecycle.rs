@@ -10,7 +10,8 @@ use rekey_core::envelope::SlotId;
 use rekey_core::keyring::SlotState;
 
 use crate::catalog::read::{self, RootRow, SlotRow};
-use crate::catalog::write::{self, Audit, Roots};
+use crate::catalog::roots::{self, Roots};
+use crate::catalog::write::{self, Audit};
 use crate::error::{Error, Result};
 use crate::ffi::text;
 use crate::{root_key, standbys};
@@ -49,7 +50,7 @@ impl NewSlot {
 }
 
 /// Creates a key with its first active slot; None when the name is taken.
-/// (Making the slot locks the table of keys first, as `write::lock_roots` wants it.)
+/// (Making the slot locks the table of keys first, as `roots::lock` wants it.)
 pub fn create_key(new: &write::NewKey<'_>) -> Result<Option<SlotId>> {
     let slot = NewSlot::make(new.name)?;
     if !write::insert_key(new)? {
@@ -63,7 +64,7 @@ pub fn create_key(new: &write::NewKey<'_>) -> Result<Option<SlotId>> {
 /// From here on no root key comes or goes until the transaction ends: a slot that is made while the
 /// root key is rotated waits, and is then wrapped under the new one too.
 pub fn wrap(dek: &Dek, id: SlotId, key: &str) -> Result<Vec<(RootId, [u8; 73])>> {
-    write::lock_roots(Roots::Use)?;
+    roots::lock(Roots::Use)?;
     let mut roots = read::root_keys()?;
     // The active one first: it may be what makes this session read the keyring again.
     roots.sort_by_key(|root| root.state != "active");

@@ -13,7 +13,8 @@ use rekey_core::envelope::SlotId;
 use rekey_core::keyring::SlotState;
 
 use crate::catalog::read::{self, RootRow, SlotRow};
-use crate::catalog::write::{self, Audit, Roots};
+use crate::catalog::roots::{self, Roots};
+use crate::catalog::write::Audit;
 use crate::error::{Error, Result};
 use crate::{lifecycle, root_key};
 
@@ -24,9 +25,9 @@ const BATCH: usize = 4096;
 /// Makes another root key active and wraps every slot under it. `wanted` names one that the keyring
 /// serves; without it the keyring file gets a new one. Returns it and the number of slots wrapped.
 pub fn rotate(wanted: Option<RootId>) -> Result<RootId> {
-    write::lock_roots(Roots::Change)?;
-    let roots = read::root_keys()?;
-    let active = roots
+    roots::lock(Roots::Change)?;
+    let all = read::root_keys()?;
+    let active = all
         .iter()
         .find(|root| root.state == "active")
         .ok_or_else(|| {
@@ -39,11 +40,11 @@ pub fn rotate(wanted: Option<RootId>) -> Result<RootId> {
     let id = match wanted {
         Some(id) => id,
         None => {
-            let known: Vec<RootId> = roots.iter().map(|root| root.id).collect();
+            let known: Vec<RootId> = all.iter().map(|root| root.id).collect();
             root_key::next(active.id, &known)?
         }
     };
-    let known = roots.iter().find(|root| root.id == id);
+    let known = all.iter().find(|root| root.id == id);
     match known.map(|root| root.state.as_str()) {
         None | Some("previous") => {}
         Some(state) => {
@@ -58,10 +59,10 @@ pub fn rotate(wanted: Option<RootId>) -> Result<RootId> {
     }
     let check = root_key::with_any(&[id], |_, key| key.check())?;
     if let Some(known) = known {
-        write::activate_root_key(known.id)?;
+        roots::activate(known.id)?;
     } else {
-        write::supersede_root_key()?;
-        write::insert_root_key(id, &check)?;
+        roots::supersede()?;
+        roots::insert(id, &check)?;
     }
     let row = RootRow {
         id,
@@ -97,12 +98,12 @@ fn wrap_all(root: &RootRow) -> Result<usize> {
         batch.push((slot.id, wrapped));
         count += 1;
         if batch.len() == BATCH {
-            write::insert_wraps(root.id, &batch)?;
+            roots::insert_wraps(root.id, &batch)?;
             batch.clear();
         }
     }
     if !batch.is_empty() {
-        write::insert_wraps(root.id, &batch)?;
+        roots::insert_wraps(root.id, &batch)?;
     }
     Ok(count)
 }
@@ -110,7 +111,7 @@ fn wrap_all(root: &RootRow) -> Result<usize> {
 /// Deletes what a root key wraps here. Every slot must open under another root key of this server,
 /// which is tried.
 pub fn retire(id: RootId) -> Result<()> {
-    write::lock_roots(Roots::Change)?;
+    roots::lock(Roots::Change)?;
     let root = known(id)?;
     match root.state.as_str() {
         "active" => return Err(still_active(id, "be retired")),
@@ -127,8 +128,8 @@ pub fn retire(id: RootId) -> Result<()> {
             other => other,
         })?;
     }
-    write::delete_wraps_under(id)?;
-    write::set_root_state(id, "retired")?;
+    roots::delete_wraps_under(id)?;
+    roots::set_state(id, "retired")?;
     audit("retire_root_key", &format!("{id}, slots: {}", under.len()))
 }
 
@@ -136,14 +137,14 @@ pub fn retire(id: RootId) -> Result<()> {
 /// among them rotate at once. Its wrapped keys stay until it is retired. Returns the number of
 /// slots.
 pub fn mark_compromised(id: RootId, reason: &str) -> Result<i32> {
-    write::lock_roots(Roots::ChangeWithKeys)?;
+    roots::lock(Roots::ChangeWithKeys)?;
     let root = known(id)?;
     match root.state.as_str() {
         "active" => return Err(still_active(id, "be marked as compromised")),
         "compromised" => return Err(repeated(id, "marked as compromised")),
         // A retired one stays retired: its wrapped keys here are gone, in backups they are not.
         "retired" => {}
-        _ => write::set_root_state(id, "compromised")?,
+        _ => roots::set_state(id, "compromised")?,
     }
     let under = read::slots_under(id)?;
     let mut slots = read::all_slots()?;

@@ -6,7 +6,8 @@ use pgrx::prelude::*;
 use rekey_core::cipher::RootId;
 
 use crate::catalog::read;
-use crate::catalog::write::{self, Audit};
+use crate::catalog::roots;
+use crate::catalog::write::Audit;
 use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
 use crate::ffi::session;
@@ -50,7 +51,7 @@ fn init_root_key(fcinfo: FunctionCallInfo) -> Reply {
         }
         let id = root_key::adopt(wanted)?;
         let check = root_key::with_any(&[id], |_, key| key.check())?;
-        write::insert_root_key(id, &check)?;
+        roots::insert(id, &check)?;
         let detail = id.to_string();
         Audit {
             action: "init_root_key",

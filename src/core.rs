@@ -4,12 +4,14 @@
 //! tested, fuzzed and measured without a server. Invariants: no unsafe code, no I/O but the
 //! system's random generator, no secret in a type that can be printed, copied or compared by
 //! accident.
-//! Imports point one way: `root_keyring` -> `cipher` -> `envelope`; `keyring` stands alone.
+//! Imports point one way: `root_keyring`, `exported_key` -> `cipher` -> `envelope`; `keyring`
+//! stands alone.
 
 #![forbid(unsafe_code)]
 
 pub mod cipher;
 pub mod envelope;
+pub mod exported_key;
 pub mod keyring;
 pub mod root_keyring;
 pub mod schedule;

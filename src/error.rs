@@ -55,6 +55,12 @@ pub enum Error {
     Privilege(String, String, String),
     /// No usable root key: detail, hint.
     RootKey(String, String),
+    /// The root key command gave nothing: detail, hint.
+    Provider(String, String),
+    /// No root key of that id in this database.
+    UnknownRootKey(String),
+    /// The transaction's snapshot is older than a change that it would have to see.
+    Snapshot,
     /// A type that cannot be sealed or opened to: type, reason.
     RefusedType(String, &'static str),
     /// decrypt_col_as finds no cast: from, to.
@@ -164,7 +170,7 @@ impl Error {
             ERRCODE_INTERNAL_ERROR, ERRCODE_INVALID_BINARY_REPRESENTATION,
             ERRCODE_INVALID_PARAMETER_VALUE, ERRCODE_NULL_VALUE_NOT_ALLOWED,
             ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, ERRCODE_PROGRAM_LIMIT_EXCEEDED,
-            ERRCODE_SYSTEM_ERROR, ERRCODE_UNDEFINED_OBJECT,
+            ERRCODE_SYSTEM_ERROR, ERRCODE_T_R_SERIALIZATION_FAILURE, ERRCODE_UNDEFINED_OBJECT,
         };
         let entry = |code, message: &str, detail: String, hint: &str| {
             (code, message.to_string(), detail, hint.to_string())
@@ -311,6 +317,24 @@ impl Error {
                 "the root key is not available".to_string(),
                 detail,
                 hint,
+            ),
+            Error::Provider(detail, hint) => (
+                ERRCODE_SYSTEM_ERROR,
+                "the root key command failed".to_string(),
+                detail,
+                hint,
+            ),
+            Error::UnknownRootKey(id) => (
+                ERRCODE_UNDEFINED_OBJECT,
+                format!("root key {id} is not known to this database"),
+                "Only root keys that it has adopted are retired or marked.".to_string(),
+                "SELECT root_id, state FROM rekey.root_keys shows them.".to_string(),
+            ),
+            Error::Snapshot => entry(
+                ERRCODE_T_R_SERIALIZATION_FAILURE,
+                "could not serialize access due to a concurrent rotation of the root key",
+                "The transaction's snapshot does not see all wrapped keys.".to_string(),
+                "Run the transaction again, or at READ COMMITTED.",
             ),
             Error::RefusedType(name, reason) => (
                 ERRCODE_INVALID_PARAMETER_VALUE,

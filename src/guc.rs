@@ -4,7 +4,8 @@
 //! server reads again at a reload are SIGHUP. The prefix is reserved, so that a misspelt
 //! `rekey.` setting is an error and not silence.
 
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, OsString};
+use std::time::Duration;
 
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, pg_sys};
 
@@ -17,6 +18,12 @@ static SALT_PER_VALUE: GucSetting<bool> = GucSetting::<bool>::new(false);
 static KEY_CACHE_SLOTS: GucSetting<i32> = GucSetting::<i32>::new(4096);
 /// The JSON keyring. Default: none.
 static ROOT_KEY_FILE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
+/// A program that prints the JSON keyring. Default: none. Either this or the file, not both.
+static ROOT_KEY_COMMAND: GucSetting<Option<CString>> =
+    GucSetting::<Option<CString>>::new(Some(c""));
+/// How long the program may take, in milliseconds. Default 10 s: a login and a request over a
+/// network, and short enough that a hanging provider shows.
+static ROOT_KEY_COMMAND_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 /// Lets the extension go although slots can open something. Default: off; superusers.
 static ALLOW_DROP: GucSetting<bool> = GucSetting::<bool>::new(false);
 
@@ -86,6 +93,24 @@ pub fn init() {
         GucContext::Sighup,
         GucFlags::SUPERUSER_ONLY,
     );
+    GucRegistry::define_string_guc(
+        c"rekey.root_key_command",
+        c"Shell command that prints the JSON keyring on its standard output.",
+        c"For key management services and HSMs. Its standard error goes to the server log.",
+        &ROOT_KEY_COMMAND,
+        GucContext::Sighup,
+        GucFlags::SUPERUSER_ONLY,
+    );
+    GucRegistry::define_int_guc(
+        c"rekey.root_key_command_timeout",
+        c"Time that rekey.root_key_command may take.",
+        c"Then it is killed with all that it has started.",
+        &ROOT_KEY_COMMAND_TIMEOUT,
+        1,
+        3_600_000,
+        GucContext::Sighup,
+        GucFlags::SUPERUSER_ONLY | GucFlags::UNIT_MS,
+    );
     GucRegistry::define_bool_guc(
         c"rekey.allow_drop",
         c"Allows to drop the extension while its keys can still open values.",
@@ -130,9 +155,23 @@ pub fn key_cache_slots() -> usize {
 
 /// Path of the keyring file, or None when it is not set.
 pub fn root_key_file() -> Option<std::path::PathBuf> {
+    not_empty(&ROOT_KEY_FILE).map(std::path::PathBuf::from)
+}
+
+/// The keyring command, or None when it is not set.
+pub fn root_key_command() -> Option<OsString> {
+    not_empty(&ROOT_KEY_COMMAND)
+}
+
+/// How long the keyring command may take.
+pub fn root_key_command_timeout() -> Duration {
+    Duration::from_millis(u64::try_from(ROOT_KEY_COMMAND_TIMEOUT.get()).unwrap_or(0))
+}
+
+fn not_empty(setting: &GucSetting<Option<CString>>) -> Option<OsString> {
     use std::os::unix::ffi::OsStringExt;
-    let path = ROOT_KEY_FILE.get()?.into_bytes();
-    (!path.is_empty()).then(|| std::path::PathBuf::from(std::ffi::OsString::from_vec(path)))
+    let bytes = setting.get()?.into_bytes();
+    (!bytes.is_empty()).then(|| OsString::from_vec(bytes))
 }
 
 /// Whether a superuser has said that the keys may go.

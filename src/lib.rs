@@ -9,6 +9,8 @@
 //! | `lifecycle` | creation, rotation, rollback, end of keys and slots |
 //! | `cache` | what a session keeps ready: slots, subkeys, privileges |
 //! | `stale` | which envelopes are to be re-encrypted, by their header |
+//! | `root_rotation` | rotation, retirement and compromise of root keys |
+//! | `transfer` | keys to another database and back |
 //! | `standbys` | waiting until they have replayed what was committed |
 //! | `worker` | re-encryption of stale rows, and the proof that a slot is unused |
 //! | `typed` | values of any type as payloads, and back |
@@ -29,8 +31,10 @@ mod guc;
 mod lifecycle;
 mod registry;
 mod root_key;
+mod root_rotation;
 mod stale;
 mod standbys;
+mod transfer;
 mod typed;
 mod worker;
 

@@ -9,7 +9,8 @@ use rekey_core::cipher::{Dek, RootId};
 use rekey_core::envelope::SlotId;
 use rekey_core::keyring::SlotState;
 
-use crate::catalog::read::{self, SlotRow};
+use crate::catalog::read::{self, RootRow, SlotRow};
+use crate::catalog::roots::{self, Roots};
 use crate::catalog::write::{self, Audit};
 use crate::error::{Error, Result};
 use crate::ffi::text;
@@ -49,6 +50,7 @@ impl NewSlot {
 }
 
 /// Creates a key with its first active slot; None when the name is taken.
+/// (Making the slot locks the table of keys first, as `roots::lock` wants it.)
 pub fn create_key(new: &write::NewKey<'_>) -> Result<Option<SlotId>> {
     let slot = NewSlot::make(new.name)?;
     if !write::insert_key(new)? {
@@ -59,8 +61,13 @@ pub fn create_key(new: &write::NewKey<'_>) -> Result<Option<SlotId>> {
 }
 
 /// Wraps a DEK under every root key that is in use and held here; the active one must be held.
-fn wrap(dek: &Dek, id: SlotId, key: &str) -> Result<Vec<(RootId, [u8; 73])>> {
-    let roots = read::root_keys()?;
+/// From here on no root key comes or goes until the transaction ends: a slot that is made while the
+/// root key is rotated waits, and is then wrapped under the new one too.
+pub fn wrap(dek: &Dek, id: SlotId, key: &str) -> Result<Vec<(RootId, [u8; 73])>> {
+    roots::lock(Roots::Use)?;
+    let mut roots = read::root_keys()?;
+    // The active one first: it may be what makes this session read the keyring again.
+    roots.sort_by_key(|root| root.state != "active");
     if !roots.iter().any(|root| root.state == "active") {
         return Err(Error::RootKey(
             "This database has not adopted a root key yet.".to_string(),
@@ -75,26 +82,34 @@ fn wrap(dek: &Dek, id: SlotId, key: &str) -> Result<Vec<(RootId, [u8; 73])>> {
         if root.state != "active" && !root_key::holds(root.id) {
             continue;
         }
-        let wrapped = root_key::with_any(&[root.id], |_, held| {
-            if held.check()[..] != root.check[..] {
-                return Err(wrong_root_key(root.id));
-            }
-            let wrapped = held.wrap(dek, id, key)?;
-            match held.unwrap(&wrapped, id, key) {
-                Ok(again) if again.matches_check_value(id, &dek.check_value(id)) => Ok(wrapped),
-                _ => Err(Error::Internal(
-                    "a key did not survive its wrapping".to_string(),
-                )),
-            }
-        })??;
-        wraps.push((root.id, wrapped));
+        wraps.push((root.id, wrap_under(root, dek, id, key)?));
     }
     Ok(wraps)
 }
 
+/// Wraps a DEK under one root key, and unwraps it again.
+pub fn wrap_under(root: &RootRow, dek: &Dek, id: SlotId, key: &str) -> Result<[u8; 73]> {
+    root_key::with_any(&[root.id], |_, held| {
+        if held.check()[..] != root.check[..] {
+            return Err(wrong_root_key(root.id));
+        }
+        let wrapped = held.wrap(dek, id, key)?;
+        match held.unwrap(&wrapped, id, key) {
+            Ok(again) if again.matches_check_value(id, &dek.check_value(id)) => Ok(wrapped),
+            _ => Err(Error::Internal(
+                "a key did not survive its wrapping".to_string(),
+            )),
+        }
+    })?
+}
+
 /// Unwraps the DEK of a slot with a root key that this server holds, and checks it.
 pub fn unwrap(slot: &SlotRow) -> Result<Dek> {
-    let wraps = read::wraps(slot.id)?;
+    unwrap_one_of(slot, &read::wraps(slot.id)?)
+}
+
+/// Unwraps the DEK of a slot out of one of these wrapped keys, and checks it.
+pub fn unwrap_one_of(slot: &SlotRow, wraps: &[(RootId, Vec<u8>)]) -> Result<Dek> {
     if wraps.is_empty() {
         return Err(Error::RootKey(
             format!("Slot {} has no wrapped key in the catalog.", slot.id),
@@ -126,6 +141,31 @@ fn wrong_root_key(id: RootId) -> Error {
         format!("Root key {id} does not match its check value in the catalog."),
         "Put the right keyring file in place and reload the configuration.".to_string(),
     )
+}
+
+/// Brings a destroyed slot back as previous, with a wrapped key of an older backup.
+pub fn restore(slot: &SlotRow, wrapped: &[u8], root: RootId, reason: &str) -> Result<()> {
+    let dek = root_key::with_any(&[root], |_, held| {
+        held.unwrap(wrapped, slot.id, &slot.key_name).ok()
+    })?
+    .filter(|dek| dek.matches_check_value(slot.id, &slot.check_value))
+    .ok_or_else(|| {
+        Error::Argument(
+            format!("the wrapped key is not that of slot {}", slot.id),
+            format!(
+                "Root key {root} does not unwrap it for version {} of key \"{}\" to the key that \
+                 the tombstone's check value proves.",
+                slot.version, slot.key_name
+            ),
+            "Pass wrapped_key and root_id of one row of rekey.slot_wrap with this slot id, from a \
+             dump that was made before the slot was destroyed."
+                .to_string(),
+        )
+    })?;
+    for (root, wrapped) in wrap(&dek, slot.id, &slot.key_name)? {
+        write::insert_wrap(slot.id, root, &wrapped)?;
+    }
+    write::transition(slot, SlotState::Previous, "restore_slot", reason)
 }
 
 /// Locks a key and returns its slots by version; 42704 when there is no such key.
@@ -200,6 +240,19 @@ fn activate(slots: &[SlotRow], next: &SlotRow, action: &str, reason: &str) -> Re
     }
     write::transition(next, SlotState::Active, action, reason)?;
     Ok(next.id)
+}
+
+/// Puts a slot of a locked key in the place of the active one, if its state allows that.
+pub fn move_active(key: &str, next: SlotId, action: &str) -> Result<()> {
+    let slots = read::slots_of(&text::to_server(key.as_bytes())?)?;
+    let next = slots.iter().find(|slot| slot.id == next);
+    match next {
+        Some(next) if next.state.may_become(SlotState::Active) && !next.compromised => {
+            activate(&slots, next, action, "").map(|_| ())
+        }
+        // Closed here on purpose: it stays so.
+        _ => Ok(()),
+    }
 }
 
 fn in_state(slots: &[SlotRow], state: SlotState) -> Option<&SlotRow> {

@@ -10,8 +10,10 @@
 use std::collections::BTreeSet;
 use std::sync::LazyLock;
 
-use rekey_core::cipher::{self, RootKey, XaesKey};
+use rekey_core::cipher::{self, Dek, RootKey, XaesKey};
 use rekey_core::envelope::{self, Envelope, EnvelopeError, HEADER_LEN, Header, OVERHEAD, SlotId};
+use rekey_core::exported_key::{ExportedKey, ExportedSlot};
+use rekey_core::keyring::SlotState;
 use rekey_core::root_keyring::RootKeyring;
 use serde_json::Value;
 
@@ -28,7 +30,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 4] = [
+pub const TARGETS: [Target; 5] = [
     Target {
         name: "header",
         run: header,
@@ -71,7 +73,76 @@ pub const TARGETS: [Target; 4] = [
             b"[[[[[[[[",
         ],
     },
+    Target {
+        name: "exported_key",
+        run: exported_key,
+        corpus: exported_corpus,
+        dictionary: &[
+            b"{\"slot_id\":\"1\",\"version\":1,\"state\":\"destroyed\",",
+            b"\"wraps\":[]",
+            b"\"state\":\"active\"",
+            b"\"purpose\":\"lookup\"",
+            b"9223372036854775807",
+            b"\"shredded\":true",
+            b"null",
+            b"1e0",
+        ],
+    },
 ];
+
+/// The document of export_key: what is read is written and read again the same.
+pub fn exported_key(data: &[u8]) {
+    let Ok(key) = ExportedKey::parse(data) else {
+        return;
+    };
+    let json = key.to_json();
+    let again = ExportedKey::parse(json.as_bytes()).expect("what was written is read");
+    assert_eq!(again.to_json(), json);
+    let ids: BTreeSet<i64> = key.slots.iter().map(|slot| slot.id.as_i64()).collect();
+    assert_eq!(ids.len(), key.slots.len());
+    let active = |slot: &&ExportedSlot| slot.state == SlotState::Active;
+    assert!(key.slots.iter().filter(active).count() <= 1);
+    let dead = |slot: &ExportedSlot| slot.state == SlotState::Destroyed;
+    assert!(
+        key.slots
+            .iter()
+            .all(|slot| slot.wraps.is_empty() == dead(slot))
+    );
+}
+
+/// Keys of one to four slots, wrapped under a root key of the corpus' own.
+fn exported_corpus() -> Vec<Vec<u8>> {
+    use SlotState::{Active, Destroyed, Disabled, Pending, Previous};
+    let states = [Active, Destroyed, Previous, Disabled];
+    let root = RootKey::from_slice(&[7; 32]).expect("32 bytes");
+    let dek = Dek::from_slice(&[9; 32]).expect("32 bytes");
+    let documents = (1..=states.len()).map(|count| {
+        let slots = states[..count].iter().zip(1_i32..).map(|(state, version)| {
+            let id = SlotId::from_i64(i64::from(version)).expect("a slot id");
+            let wrapped = root.wrap_with_nonce(&dek, id, "pii", &[3; 24]);
+            ExportedSlot {
+                id,
+                version,
+                state: *state,
+                check_value: dek.check_value(id),
+                compromised: *state == Pending,
+                wraps: match state {
+                    Destroyed => Vec::new(),
+                    _ => vec![(root.id(), wrapped)],
+                },
+            }
+        });
+        let key = ExportedKey {
+            key_name: "pii".to_owned(),
+            seals: true,
+            require_context: false,
+            shredded: false,
+            slots: slots.collect(),
+        };
+        key.to_json().into_bytes()
+    });
+    documents.collect()
+}
 
 /// Headers, envelopes and typed payloads: what parses is canonical, and the three parsers agree.
 pub fn header(data: &[u8]) {

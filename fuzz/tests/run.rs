@@ -38,6 +38,11 @@ fn keyring_file() {
     run("keyring_file");
 }
 
+#[test]
+fn exported_key() {
+    run("exported_key");
+}
+
 fn run(name: &str) {
     let target = TARGETS
         .iter()

@@ -10,4 +10,5 @@ mod root_keys;
 mod seal;
 mod slots;
 mod touch;
+mod transfer;
 mod triggers;

@@ -1,17 +1,21 @@
-//! Root keys: init_root_key, reload_root_keys, ready, holds_root_key.
+//! Root keys: init_root_key, rotate_root_key, retire_root_key, mark_compromised_root,
+//! reload_root_keys, ready, holds_root_key.
 
 use pgrx::pg_sys::FunctionCallInfo;
 use pgrx::prelude::*;
 use rekey_core::cipher::RootId;
 
 use crate::catalog::read;
-use crate::catalog::write::{self, Audit};
+use crate::catalog::roots;
+use crate::catalog::write::Audit;
 use crate::error::{Error, Result};
-use crate::ffi::call::{Reply, reply};
+use crate::ffi::call::{Call, Reply, reply};
 use crate::ffi::session;
-use crate::{guc, root_key};
+use crate::root_key::{self, Source};
+use crate::root_rotation;
 
-fn root_id(text: &str) -> Result<RootId> {
+/// A root id as SQL shows it.
+pub fn root_id(text: &str) -> Result<RootId> {
     RootId::parse(text).ok_or_else(|| {
         Error::Argument(
             format!("\"{text}\" is not a root id"),
@@ -21,16 +25,20 @@ fn root_id(text: &str) -> Result<RootId> {
     })
 }
 
+/// The first argument; None when it is empty.
+fn optional_root_id(call: &Call) -> Result<Option<RootId>> {
+    let wanted = call.required_text(0, "root_id")?;
+    if wanted.is_empty() {
+        return Ok(None);
+    }
+    root_id(&wanted).map(Some)
+}
+
 #[pg_extern(sql = false)]
 fn init_root_key(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
         session::refuse_read_only(c"init_root_key()");
-        let wanted = call.required_text(0, "root_id")?;
-        let wanted = if wanted.is_empty() {
-            None
-        } else {
-            Some(root_id(&wanted)?)
-        };
+        let wanted = optional_root_id(&call)?;
         if let Some(root) = read::root_keys()?
             .into_iter()
             .find(|root| root.state == "active")
@@ -41,11 +49,9 @@ fn init_root_key(fcinfo: FunctionCallInfo) -> Reply {
                 "Root keys are replaced by a rotation, never by a second init.".to_string(),
             ));
         }
-        let path = guc::root_key_file().ok_or_else(root_key::not_configured)?;
-        let id = root_key::create_or_read(&path, wanted)?;
-        root_key::reload()?;
+        let id = root_key::adopt(wanted)?;
         let check = root_key::with_any(&[id], |_, key| key.check())?;
-        write::insert_root_key(id, &check)?;
+        roots::insert(id, &check)?;
         let detail = id.to_string();
         Audit {
             action: "init_root_key",
@@ -56,11 +62,47 @@ fn init_root_key(fcinfo: FunctionCallInfo) -> Reply {
             detail: &detail,
         }
         .record()?;
-        pgrx::notice!(
-            "copy \"{}\" to every standby and to escrow: without it the data is lost",
-            path.display()
-        );
+        if let Source::File(path) = root_key::source()? {
+            pgrx::notice!(
+                "copy \"{}\" to every standby and to escrow: without it the data is lost",
+                path.display()
+            );
+        }
         Reply::text(&id.to_string())
+    })
+}
+
+#[pg_extern(sql = false)]
+fn rotate_root_key(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"rotate_root_key()");
+        let id = root_rotation::rotate(optional_root_id(&call)?)?;
+        if let Source::File(path) = root_key::source()? {
+            pgrx::notice!(
+                "copy \"{}\" to every standby and to escrow before the earlier root key is retired",
+                path.display()
+            );
+        }
+        Reply::text(&id.to_string())
+    })
+}
+
+#[pg_extern(sql = false)]
+fn retire_root_key(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"retire_root_key()");
+        root_rotation::retire(root_id(&call.required_text(0, "root_id")?)?)?;
+        Ok(Reply::void())
+    })
+}
+
+#[pg_extern(sql = false)]
+fn mark_compromised_root(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"mark_compromised_root()");
+        let id = root_id(&call.required_text(0, "root_id")?)?;
+        let reason = call.required_text(1, "reason")?;
+        root_rotation::mark_compromised(id, &reason).map(Reply::i32)
     })
 }
 
@@ -94,6 +136,8 @@ fn holds_root_key(fcinfo: FunctionCallInfo) -> Reply {
             return Ok(Reply::null());
         }
         let id = root_id(&call.required_text(0, "root_id")?)?;
-        Ok(Reply::bool(root_key::holds(id)))
+        // Nobody makes the server look for root keys that no slot needs.
+        let known = read::root_keys()?.iter().any(|root| root.id == id);
+        Ok(Reply::bool(known && root_key::holds(id)))
     })
 }

@@ -1,10 +1,11 @@
-//! Single slots: disable_slot, enable_slot, destroy_slot, mark_compromised.
+//! Single slots: disable_slot, enable_slot, destroy_slot, mark_compromised, restore_slot.
 
 use pgrx::pg_sys::FunctionCallInfo;
 use pgrx::prelude::*;
 use rekey_core::keyring::{Privilege, SlotState};
 
 use super::grants::claim;
+use super::root_keys::root_id;
 use crate::catalog::read::SlotRow;
 use crate::catalog::write;
 use crate::error::{Error, Result};
@@ -170,6 +171,29 @@ fn mark_compromised(fcinfo: FunctionCallInfo) -> Reply {
             ));
         }
         lifecycle::mark_compromised(&slot, &reason)?;
+        Ok(Reply::void())
+    })
+}
+
+/// Asks no key privilege: EXECUTE on it is the privilege, which only a superuser has by default.
+#[pg_extern(sql = false)]
+fn restore_slot(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"restore_slot()");
+        let id = call.required_i64(0, "slot_id")?;
+        let wrapped = call.bytes(1).ok_or(Error::NullArgument("wrapped_key"))?;
+        let root = root_id(&call.required_text(2, "root_id")?)?;
+        let reason = call.required_text(3, "reason")?;
+        lifecycle::lock(&lifecycle::slot(id)?.key_name)?;
+        let slot = lifecycle::slot(id)?;
+        if slot.state != SlotState::Destroyed {
+            return Err(Error::State(
+                format!("slot {} is {}", slot.id, slot.state),
+                "Only a destroyed slot is restored.".to_string(),
+                "Nothing is missing: rekey.slots shows the slot.".to_string(),
+            ));
+        }
+        lifecycle::restore(&slot, wrapped, root, &reason)?;
         Ok(Reply::void())
     })
 }

@@ -2,11 +2,13 @@
 //!
 //! `read` scans them under the catalog snapshot (any backend, no privilege asked, no
 //! transaction id); `write` changes them as the extension's owner, with an audit row for each
-//! transition; `guard` holds the triggers' decisions. Called by the cache, the life cycle and
-//! the functions of src/api/. Table OIDs are looked up once and again after any change.
+//! transition; `roots` does so with root keys; `guard` holds the triggers' decisions. Called by the
+//! cache, the life cycle and the functions of src/api/. Table OIDs are looked up once and again
+//! after any change.
 
 pub mod guard;
 pub mod read;
+pub mod roots;
 pub mod touch;
 pub mod work;
 pub mod write;

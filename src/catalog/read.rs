@@ -3,6 +3,8 @@
 //! Called by the cache on a miss and by the life cycle. Column numbers are those of
 //! sql/catalog.sql: columns are only ever added at the end.
 
+use std::collections::HashSet;
+
 use pgrx::pg_sys;
 use rekey_core::cipher::RootId;
 use rekey_core::envelope::SlotId;
@@ -38,6 +40,8 @@ pub struct SlotRow {
     pub state: SlotState,
     /// HMAC that proves the DEK.
     pub check_value: Vec<u8>,
+    /// When it was made, as a timestamptz datum.
+    pub created_at: i64,
     /// When it was disabled or destroyed, as a timestamptz datum.
     pub closed_at: Option<i64>,
     /// When a rotation took its place, as a timestamptz datum.
@@ -60,6 +64,10 @@ pub struct RootRow {
     pub check: Vec<u8>,
     /// active, previous, compromised or retired.
     pub state: String,
+    /// When this database adopted it, as a timestamptz datum.
+    pub created_at: i64,
+    /// When it was retired, as a timestamptz datum.
+    pub retired_at: Option<i64>,
 }
 
 /// The key of that name, given in the server's encoding.
@@ -138,6 +146,31 @@ pub fn wraps(id: SlotId) -> Result<Vec<(RootId, Vec<u8>)>> {
     Ok(wraps)
 }
 
+/// Every slot of the database, by key name and version.
+pub fn all_slots() -> Result<Vec<SlotRow>> {
+    let find = || tables().map(|t| (t.key_slot, pg_sys::InvalidOid));
+    let mut scan = Scan::open(find, &[], &[])?;
+    let mut slots = Vec::new();
+    while let Some(row) = scan.next_row() {
+        slots.push(slot_row(&row)?);
+    }
+    slots.sort_by(|a, b| (&a.key_name, a.version).cmp(&(&b.key_name, b.version)));
+    Ok(slots)
+}
+
+/// The slots that have a wrapped key under a root key.
+pub fn slots_under(root: RootId) -> Result<HashSet<SlotId>> {
+    let find = || tables().map(|t| (t.slot_wrap, pg_sys::InvalidOid));
+    let mut scan = Scan::open(find, &[], &[])?;
+    let mut slots = HashSet::new();
+    while let Some(row) = scan.next_row() {
+        if row.bytes(2) == root.as_bytes() {
+            slots.insert(slot_id(&row)?);
+        }
+    }
+    Ok(slots)
+}
+
 /// What `user` may do with a key, by his own grants, his roles' and everyone's.
 pub fn privileges(name: &[u8], user: pg_sys::Oid) -> Result<Privileges> {
     if session::is_superuser(user) {
@@ -175,6 +208,8 @@ pub fn root_keys() -> Result<Vec<RootRow>> {
             id: root_id(&row.bytes(1))?,
             check: row.bytes(2),
             state: String::from_utf8_lossy(&row.bytes(3)).into_owned(),
+            created_at: row.i64(4),
+            retired_at: row.datum(5).map(|_| row.i64(5)),
         });
     }
     Ok(roots)
@@ -223,7 +258,7 @@ pub fn living_slots() -> Result<(i64, i64)> {
     };
     let mut scan = Scan::open(find, &[], &[])?;
     let mut slots = 0;
-    let mut keys = std::collections::HashSet::new();
+    let mut keys = HashSet::new();
     while let Some(row) = scan.next_row() {
         if row.bytes(4) != SlotState::Destroyed.name().as_bytes() {
             slots += 1;
@@ -260,6 +295,7 @@ fn slot_row(row: &Row<'_>) -> Result<SlotRow> {
         state: SlotState::parse(&state)
             .ok_or_else(|| Error::Internal(format!("unknown slot state {state} in catalog")))?,
         check_value: row.bytes(5),
+        created_at: row.i64(6),
         closed_at: timestamp(11).or_else(|| timestamp(10)),
         superseded_at: timestamp(8),
         compromised: row.datum(12).is_some(),

@@ -10,7 +10,8 @@ use rekey_core::cipher::RootId;
 use rekey_core::envelope::SlotId;
 use rekey_core::keyring::{Privilege, SlotState};
 
-use super::read::SlotRow;
+use super::read::{self, SlotRow};
+use super::roots::{self, Roots};
 use crate::error::{Error, Result};
 use crate::ffi::sql::{Arg, bigint, run};
 use crate::ffi::{session, text};
@@ -220,6 +221,64 @@ pub fn insert_slot(
     Ok(())
 }
 
+/// Inserts a key that comes from another database, with the policy of new keys otherwise; false
+/// when the name is taken.
+pub fn import_key_row(name: &str, seals: bool, require_context: bool) -> Result<bool> {
+    let inserted = bigint(
+        "INSERT INTO rekey.key (key_name, purpose, require_context) VALUES ($1, $2, $3) \
+         ON CONFLICT DO NOTHING RETURNING 1::bigint",
+        &[
+            Arg::Text(name),
+            Arg::Text(if seals { "seal" } else { "lookup" }),
+            Arg::Bool(Some(require_context)),
+        ],
+    )?;
+    if inserted.is_some() {
+        let sql = "DELETE FROM rekey.key_grant WHERE key_name = $1";
+        run(sql, &[Arg::Text(name)])?;
+    }
+    Ok(inserted.is_some())
+}
+
+/// A slot that comes from another database.
+pub struct ImportedSlot<'a> {
+    /// Slot id.
+    pub id: SlotId,
+    /// State here.
+    pub state: SlotState,
+    /// HMAC that proves the DEK.
+    pub check_value: &'a [u8],
+    /// Whether it was reported compromised there.
+    pub compromised: bool,
+    /// Its wrapped keys, none for a tombstone.
+    pub wraps: Vec<(RootId, [u8; 73])>,
+}
+
+/// Inserts an imported slot. Its version is the next one of the key's name.
+pub fn insert_imported_slot(slot: &ImportedSlot<'_>, key: &str) -> Result<()> {
+    insert_slot(
+        slot.id,
+        key,
+        slot.state,
+        slot.check_value,
+        "imported",
+        &slot.wraps,
+    )?;
+    run(
+        "UPDATE rekey.key_slot SET \
+             superseded_at = CASE WHEN state IN ('previous', 'disabled') THEN created_at END, \
+             disabled_at = CASE WHEN state = 'disabled' THEN created_at END, \
+             destroyed_at = CASE WHEN state = 'destroyed' THEN created_at END, \
+             compromised_at = CASE WHEN $2 THEN created_at END \
+         WHERE slot_id = $1",
+        &[
+            Arg::Bigint(slot.id.as_i64()),
+            Arg::Bool(Some(slot.compromised)),
+        ],
+    )
+    .map(|_| ())
+}
+
 /// Inserts one wrapped key of a slot.
 pub fn insert_wrap(id: SlotId, root: RootId, wrapped: &[u8]) -> Result<()> {
     run(
@@ -256,6 +315,10 @@ pub fn transition(slot: &SlotRow, to: SlotState, action: &str, reason: &str) -> 
         SlotState::Previous if slot.state == SlotState::Active => {
             "superseded_at = clock_timestamp(), drained_at = NULL, proof = NULL"
         }
+        SlotState::Previous if slot.state == SlotState::Destroyed => {
+            "superseded_at = coalesce(superseded_at, clock_timestamp()), disabled_at = NULL, \
+             drained_at = NULL, destroyed_at = NULL, proof = NULL"
+        }
         SlotState::Previous => "disabled_at = NULL, drained_at = NULL, proof = NULL",
         SlotState::Drained => "disabled_at = NULL, drained_at = clock_timestamp()",
         SlotState::Disabled => "disabled_at = clock_timestamp()",
@@ -283,8 +346,14 @@ pub fn transition(slot: &SlotRow, to: SlotState, action: &str, reason: &str) -> 
         ));
     }
     if to == SlotState::Destroyed {
+        // A rotation of the root key beside us would give the slot one more wrapped key.
+        roots::lock(Roots::Use)?;
         let sql = "DELETE FROM rekey.slot_wrap WHERE slot_id = $1";
         run(sql, &[Arg::Bigint(slot.id.as_i64())])?;
+        // One that was made after this transaction's snapshot is not deleted.
+        if !read::wraps(slot.id)?.is_empty() {
+            return Err(Error::Snapshot);
+        }
     }
     Audit {
         action,
@@ -331,15 +400,6 @@ pub fn delete_grant(key: &str, role: pg_sys::Oid, privilege: Privilege) -> Resul
         "DELETE FROM rekey.key_grant \
          WHERE key_name = $1 AND grantee = $2::oid::regrole AND privilege = $3",
         &[Arg::Text(key), Arg::Oid(role), Arg::Text(privilege.name())],
-    )
-    .map(|_| ())
-}
-
-/// Adopts a root key as the active one.
-pub fn insert_root_key(id: RootId, check: &[u8]) -> Result<()> {
-    run(
-        "INSERT INTO rekey.root_key (root_id, root_check, state) VALUES ($1, $2, 'active')",
-        &[Arg::Bytea(id.as_bytes()), Arg::Bytea(check)],
     )
     .map(|_| ())
 }

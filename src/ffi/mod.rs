@@ -4,11 +4,13 @@
 //! what they rely on; the other modules call those. By subject: function calls, text and
 //! bytea (`call`, `text`), catalog scans (`scan`), session state (`session`), callbacks and
 //! hooks (`hooks`), types and their text form (`types`), SQL as the extension (`sql`), users'
-//! tables (`table`), work that may fail (`subtransaction`), who holds what (`locks`).
+//! tables (`table`), work that may fail (`subtransaction`), who holds what (`locks`),
+//! other programs (`command`).
 //! One rule holds throughout: nothing here keeps a borrow across a call that may raise.
 
 pub mod background;
 pub mod call;
+pub mod command;
 pub mod expression;
 pub mod hooks;
 pub mod locks;

@@ -50,6 +50,10 @@ pub enum Arg<'a> {
     Interval(Option<pg_sys::Datum>),
     /// a timestamptz datum of the caller's, or NULL
     Timestamp(Option<pg_sys::Datum>),
+    /// bigint[]
+    Bigints(&'a [i64]),
+    /// bytea[]
+    Byteas(&'a [&'a [u8]]),
 }
 
 impl Arg<'_> {
@@ -63,6 +67,15 @@ impl Arg<'_> {
             Arg::Oid(v) => (Some(pg_sys::Datum::from(*v)), pg_sys::OIDOID),
             Arg::Interval(v) => (*v, pg_sys::INTERVALOID),
             Arg::Timestamp(v) => (*v, pg_sys::TIMESTAMPTZOID),
+            Arg::Bigints(v) => {
+                let elements = v.iter().map(|i| pg_sys::Datum::from(*i)).collect();
+                (Some(array(elements, pg_sys::INT8OID)?), INT8_ARRAY)
+            }
+            Arg::Byteas(v) => {
+                let elements = v.iter().map(|b| super::text::bytes_datum(b));
+                let elements = elements.collect::<Result<Vec<_>>>()?;
+                (Some(array(elements, pg_sys::BYTEAOID)?), BYTEA_ARRAY)
+            }
         };
         Ok(match datum {
             // SAFETY: each datum was made for the type beside it.
@@ -70,6 +83,28 @@ impl Arg<'_> {
             None => DatumWithOid::null_oid(oid),
         })
     }
+}
+
+const INT8_ARRAY: pg_sys::Oid = pg_sys::INT8ARRAYOID;
+const BYTEA_ARRAY: pg_sys::Oid = pg_sys::BYTEAARRAYOID;
+
+/// An array of bigint or bytea elements in the current memory context.
+fn array(mut elements: Vec<pg_sys::Datum>, of: pg_sys::Oid) -> Result<pg_sys::Datum> {
+    let count = i32::try_from(elements.len()).map_err(|_| Error::TooLarge {
+        bytes: elements.len(),
+    })?;
+    let (length, by_value, align) = if of == pg_sys::INT8OID {
+        (8, true, b'd')
+    } else {
+        (-1, false, b'i')
+    };
+    // SAFETY: length, passing and alignment are those of the two types in pg_type; the elements
+    // are copied into the array.
+    let array = unsafe {
+        let align = align as std::ffi::c_char;
+        pg_sys::construct_array(elements.as_mut_ptr(), count, of, length, by_value, align)
+    };
+    Ok(pg_sys::Datum::from(array))
 }
 
 /// Runs one statement as the catalog's owner and returns the number of rows it processed.

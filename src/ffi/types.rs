@@ -500,3 +500,16 @@ pub fn timestamp_text(at: i64) -> String {
         ))
     }
 }
+
+/// The text of a jsonb value, in UTF-8.
+pub fn jsonb_text(value: pg_sys::Datum) -> Result<Vec<u8>> {
+    let text = Function::output_of(pg_sys::JSONBOID).output(value)?;
+    Ok(super::text::to_utf8(text.to_bytes())?.into_owned())
+}
+
+/// A jsonb value of a text in UTF-8, in the current memory context.
+pub fn jsonb_datum(text: &str) -> Result<pg_sys::Datum> {
+    let server = super::text::to_server(text.as_bytes())?.into_owned();
+    let server = CString::new(server).map_err(|_| Error::NotEncodable)?;
+    Function::input_of(pg_sys::JSONBOID).input(&server)
+}

@@ -1,12 +1,12 @@
-//! The keyring file: who may read it, how it is read, how the first one is made.
+//! The keyring file: who may read it, how it is read, how the first one is made and a key added.
 //!
 //! Accepted as PostgreSQL accepts `ssl_key_file`: links are followed (Kubernetes secrets are
 //! links) and the opened descriptor is checked, so that nothing can be swapped in between. The
-//! extension never deletes or rewrites key material that is in a keyring.
+//! extension adds keys to a keyring and never takes one out.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rekey_core::cipher::{RootId, RootKey};
@@ -18,6 +18,8 @@ use crate::ffi::session;
 
 /// A keyring larger than this is not one.
 const MAX_BYTES: u64 = 1 << 20;
+/// How often a lock that another session holds on the file is tried. It is held for two fsyncs.
+const LOCK_POLL_MS: i64 = 20;
 
 /// Reads and checks the keyring.
 pub fn read(path: &Path) -> Result<RootKeyring> {
@@ -87,37 +89,143 @@ pub fn read(path: &Path) -> Result<RootKeyring> {
     })
 }
 
-/// Reads the keyring, or makes one with a fresh key where there is no file. Returns the id of
-/// the key to adopt: `wanted`, or the only one.
-pub fn create_or_read(path: &Path, wanted: Option<RootId>) -> Result<RootId> {
+/// Makes a keyring with a fresh key where there is no file and one may be made. Refuses a place
+/// that belongs to the cluster.
+pub fn create_unless_there(path: &Path, may_create: bool) -> Result<()> {
     refuse_inside_the_cluster(path)?;
-    if !path.exists() && wanted.is_none() {
+    if may_create && !path.exists() {
         create(path)?;
     }
-    let ring = read(path)?;
+    Ok(())
+}
+
+/// The root key that takes the place of `active`: see [`super::next`].
+///
+/// The file is exchanged whole, under a lock on it that every rotation of every database takes. It
+/// is durable before this returns, that is before anything is wrapped under the new key.
+pub fn next(path: &Path, active: RootId, known: &[RootId]) -> Result<RootId> {
+    refuse_inside_the_cluster(path)?;
+    // A rename in the place of a link would leave the file that it leads to as it was.
+    let path = &path.canonicalize().map_err(|e| read_only(path, &e))?;
+    let locked = lock(path)?;
+    let mut ring = read(path)?;
     let ids: Vec<RootId> = ring.ids().collect();
-    match (wanted, ids.as_slice()) {
-        (Some(id), _) if ids.contains(&id) => Ok(id),
-        (Some(id), _) => Err(Error::RootKey(
+    let behind = ids.iter().rev().take_while(|id| **id != active).count();
+    if behind == ids.len() {
+        return Err(Error::RootKey(
             format!(
-                "The keyring file \"{}\" does not hold root key {id}.",
+                "The keyring file \"{}\" does not hold the active root key {active}.",
                 path.display()
             ),
-            "Give the id of a key that it holds.".to_string(),
-        )),
-        (None, [only]) => Ok(*only),
-        (None, _) => Err(Error::Argument(
-            format!("the keyring holds {} root keys", ids.len()),
-            format!(
-                "They are {}.",
-                ids.iter()
-                    .map(RootId::to_string)
-                    .collect::<Vec<_>>()
-                    .join(", ")
-            ),
-            "Say which one this database adopts: SELECT rekey.init_root_key(root_id).".to_string(),
-        )),
+            "Put the right keyring file in place and reload the configuration.".to_string(),
+        ));
     }
+    if let Some(last) = ids.last().filter(|id| behind > 0 && !known.contains(id)) {
+        return Ok(*last);
+    }
+    let fresh = RootKey::generate()?;
+    let id = fresh.id();
+    ring.push(fresh, now_rfc3339())
+        .map_err(|cause| Error::Internal(cause.detail()))?;
+    let json = ring.to_json();
+    if u64::try_from(json.len()).unwrap_or(u64::MAX) > MAX_BYTES {
+        return Err(Error::RootKey(
+            format!(
+                "The keyring file \"{}\" would have {} bytes; at most {MAX_BYTES} are read.",
+                path.display(),
+                json.len()
+            ),
+            "Take keys out of it that no database and no backup needs.".to_string(),
+        ));
+    }
+    replace(path, &locked, json.as_bytes()).map_err(|e| read_only(path, &e))?;
+    Ok(id)
+}
+
+/// Opens the file for writing, which tells whether it may change at all, and locks it. The lock
+/// counts only if the file is still the one at `path`: another rotation may have exchanged it.
+fn lock(path: &Path) -> Result<File> {
+    loop {
+        let file = OpenOptions::new()
+            .write(true)
+            .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK)
+            .open(path)
+            .map_err(|e| read_only(path, &e))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                session::sleep_ms(LOCK_POLL_MS);
+                continue;
+            }
+            Err(TryLockError::Error(e)) => return Err(read_only(path, &e)),
+        }
+        let (there, ours) = (std::fs::metadata(path), file.metadata());
+        if let (Ok(there), Ok(ours)) = (there, ours)
+            && (there.dev(), there.ino()) == (ours.dev(), ours.ino())
+        {
+            return Ok(file);
+        }
+    }
+}
+
+/// Puts a keyring in the place of the one that is locked, with its owner and mode.
+fn replace(path: &Path, locked: &File, json: &[u8]) -> std::io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let about = locked.metadata()?;
+    remove_drafts(path);
+    let draft = draft_of(path);
+    let written = (|| {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .custom_flags(libc::O_CLOEXEC)
+            .open(&draft)?;
+        std::os::unix::fs::fchown(&file, Some(about.uid()), Some(about.gid()))?;
+        file.set_permissions(std::fs::Permissions::from_mode(about.mode() & 0o777))?;
+        file.write_all(json)?;
+        file.sync_all()?;
+        std::fs::rename(&draft, path)?;
+        File::open(folder)?.sync_all()
+    })();
+    if written.is_err() {
+        let _ = std::fs::remove_file(&draft);
+    }
+    written
+}
+
+/// Removes what a rotation that was killed has left behind: it holds keys. To be called under the
+/// lock, when no other draft of an existing keyring can be in the making.
+fn remove_drafts(path: &Path) {
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let begin = format!(".{name}.");
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let file_name = entry.file_name();
+        let number = file_name
+            .to_str()
+            .and_then(|file| file.strip_prefix(&begin)?.strip_suffix(".new"));
+        if number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit())) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+fn draft_of(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.{}.new", std::process::id()))
+}
+
+fn read_only(path: &Path, cause: &std::io::Error) -> Error {
+    Error::RootKey(
+        format!(
+            "The keyring file \"{}\" cannot be changed by the server: {cause}.",
+            path.display()
+        ),
+        "Add a root key to it by other means, then SELECT rekey.rotate_root_key(root_id); or make \
+         the file and its folder writable by the server's user."
+            .to_string(),
+    )
 }
 
 /// A base backup must not carry the root key beside the data that it protects.
@@ -171,8 +279,7 @@ fn create(path: &Path) -> Result<()> {
         .map_err(|cause| Error::Internal(cause.detail()))?;
     let json = ring.to_json();
     let folder = path.parent().unwrap_or(Path::new("/"));
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let draft = folder.join(format!(".{name}.{}.new", std::process::id()));
+    let draft = draft_of(path);
     let written = (|| {
         let mut file = OpenOptions::new()
             .write(true)

@@ -2,12 +2,19 @@
 //!
 //! Called by the cache (unwrap on a miss), by the root-key functions and once by `_PG_init` in
 //! the postmaster, so that backends inherit what was loaded. A missing or wrong keyring never
-//! stops the server: it is a WARNING at start and F0000 on use. Memory is wiped when the keyring
+//! stops the server: it is a WARNING at start and an error on use. Memory is wiped when the keyring
 //! is replaced and when the process ends.
+//!
+//! A file is read again after a reload of the configuration and for an unknown root id. A command
+//! runs at start under preload, for an unknown root id, and for reload_root_keys(); never because
+//! of a reload, and not twice within some seconds for what it did not give.
 
+mod command;
 mod file;
 
 use std::cell::RefCell;
+use std::ffi::OsString;
+use std::path::PathBuf;
 
 use pgrx::PgSqlErrorCode;
 use pgrx::{PgLogLevel, ereport};
@@ -18,7 +25,26 @@ use crate::error::{Error, Result};
 use crate::ffi::session;
 use crate::guc;
 
-pub use file::create_or_read;
+/// Where the root keys of this server come from.
+pub enum Source {
+    /// rekey.root_key_file
+    File(PathBuf),
+    /// rekey.root_key_command
+    Command(OsString),
+}
+
+/// The configured source. Two of them are refused: which one has the right key nobody could tell.
+pub fn source() -> Result<Source> {
+    match (guc::root_key_file(), guc::root_key_command()) {
+        (Some(path), None) => Ok(Source::File(path)),
+        (None, Some(command)) => Ok(Source::Command(command)),
+        (None, None) => Err(not_configured()),
+        (Some(_), Some(_)) => Err(Error::RootKey(
+            "Both rekey.root_key_file and rekey.root_key_command are set.".to_string(),
+            "Set one of them to '' and reload the configuration.".to_string(),
+        )),
+    }
+}
 
 struct Loaded {
     ring: RootKeyring,
@@ -31,10 +57,11 @@ thread_local! {
 
 /// Loads the keyring while the postmaster starts, with a WARNING when that fails.
 pub fn init() {
-    if !session::in_preload() || guc::root_key_file().is_none() {
+    let unset = guc::root_key_file().is_none() && guc::root_key_command().is_none();
+    if !session::in_preload() || unset {
         return;
     }
-    if let Err(Error::RootKey(detail, hint)) = load() {
+    if let Err(Error::RootKey(detail, hint) | Error::Provider(detail, hint)) = load() {
         ereport!(
             PgLogLevel::WARNING,
             PgSqlErrorCode::ERRCODE_CONFIG_FILE_ERROR,
@@ -42,6 +69,8 @@ pub fn init() {
             hint
         );
     }
+    // Backends make their own experience.
+    command::forget_misses();
 }
 
 /// Forgets and wipes the keyring. Called when the process ends.
@@ -49,14 +78,15 @@ pub fn wipe() {
     let _ = LOADED.try_with(|loaded| loaded.take());
 }
 
-/// Reads the keyring again and returns how many keys it holds.
+/// Reads the keyring again, whatever its source, and returns how many keys it holds.
 pub fn reload() -> Result<usize> {
+    command::forget_misses();
     load()
 }
 
-/// Runs `use_key` with the first of `candidates` that this server holds. Reads the keyring when
-/// it was not read since the last reload of the configuration, and once more when none is known.
-/// A keyring that cannot be read hurts nothing that this process holds already.
+/// Runs `use_key` with the first of `candidates` that this server holds. Looks again for the
+/// keyring when none is known. A source that cannot be read hurts nothing that this process holds
+/// already.
 pub fn with_any<R>(
     candidates: &[RootId],
     use_key: impl FnOnce(RootId, &RootKey) -> R,
@@ -64,7 +94,7 @@ pub fn with_any<R>(
     let refreshed = refresh();
     if held_of(candidates).is_none() {
         refreshed?;
-        load()?;
+        ask_for(candidates)?;
     }
     let id = held_of(candidates).ok_or_else(|| not_held(candidates))?;
     LOADED.with_borrow(
@@ -75,9 +105,30 @@ pub fn with_any<R>(
     )
 }
 
-/// Whether this server holds the root key, after the look at the file that a miss is worth.
+/// Whether this server holds the root key, after the look at the file that a miss is worth. A
+/// command is asked only by a process that holds nothing yet: this is for views, which may be
+/// looked at every second, and for root keys that are not needed.
 pub fn holds(id: RootId) -> bool {
-    (refresh().is_ok() && held_of(&[id]).is_some()) || (load().is_ok() && held_of(&[id]).is_some())
+    match source() {
+        Ok(Source::File(_)) => {
+            (refresh().is_ok() && held_of(&[id]).is_some())
+                || (load().is_ok() && held_of(&[id]).is_some())
+        }
+        Ok(Source::Command(_)) if LOADED.with_borrow(Option::is_none) => {
+            ask_for(&[id]).is_ok() && held_of(&[id]).is_some()
+        }
+        Ok(Source::Command(_)) => held_of(&[id]).is_some(),
+        Err(_) => false,
+    }
+}
+
+/// The ids of the root keys that this process holds, in the keyring's order.
+pub fn held() -> Vec<RootId> {
+    LOADED.with_borrow(|loaded| {
+        loaded
+            .as_ref()
+            .map_or(Vec::new(), |l| l.ring.ids().collect())
+    })
 }
 
 fn held_of(candidates: &[RootId]) -> Option<RootId> {
@@ -87,18 +138,37 @@ fn held_of(candidates: &[RootId]) -> Option<RootId> {
     })
 }
 
+/// Reads a file again that was not read since the last reload of the configuration.
 fn refresh() -> Result<()> {
     let current = LOADED.with_borrow(|loaded| {
         loaded
             .as_ref()
             .is_some_and(|l| l.configuration_time == session::configuration_time())
     });
-    if current { Ok(()) } else { load().map(|_| ()) }
+    match source()? {
+        Source::File(_) if !current => load().map(|_| ()),
+        Source::File(_) | Source::Command(_) => Ok(()),
+    }
+}
+
+/// Looks for root keys that are not held.
+fn ask_for(candidates: &[RootId]) -> Result<()> {
+    let is_command = matches!(source()?, Source::Command(_));
+    if is_command && let Some(error) = command::asked_lately(candidates) {
+        return Err(error);
+    }
+    load()?;
+    if is_command && held_of(candidates).is_none() {
+        command::remember_missing(candidates);
+    }
+    Ok(())
 }
 
 fn load() -> Result<usize> {
-    let path = guc::root_key_file().ok_or_else(not_configured)?;
-    let ring = file::read(&path)?;
+    let ring = match source()? {
+        Source::File(path) => file::read(&path)?,
+        Source::Command(text) => command::run(&text)?,
+    };
     let count = ring.len();
     for id in ring.ids() {
         if let Some(key) = ring.get(&id) {
@@ -113,35 +183,73 @@ fn load() -> Result<usize> {
     Ok(count)
 }
 
+/// The root key that a database without one adopts: `wanted`, or the only one. A keyring file that
+/// is not there is made.
+pub fn adopt(wanted: Option<RootId>) -> Result<RootId> {
+    if let Source::File(path) = source()? {
+        file::create_unless_there(&path, wanted.is_none())?;
+    }
+    load()?;
+    let ids = held();
+    match (wanted, ids.as_slice()) {
+        (Some(id), _) if ids.contains(&id) => Ok(id),
+        (Some(id), _) => Err(Error::RootKey(
+            format!("The keyring of this server does not hold root key {id}."),
+            "Give the id of a key that it holds.".to_string(),
+        )),
+        (None, [only]) => Ok(*only),
+        (None, _) => Err(Error::Argument(
+            format!("the keyring holds {} root keys", ids.len()),
+            format!("They are {}.", list(&ids)),
+            "Say which one this database adopts: SELECT rekey.init_root_key(root_id).".to_string(),
+        )),
+    }
+}
+
+/// The root key that takes the place of `active` when the caller names none: the last one of the
+/// keyring file if it stands behind `active` and is not in `known`, else a fresh one, which is
+/// added to the file. Several databases share one file: so a rotation in the second adopts the key
+/// that the first has added, and one that is repeated after a crash the key that it had added
+/// itself.
+pub fn next(active: RootId, known: &[RootId]) -> Result<RootId> {
+    match source()? {
+        Source::File(path) => file::next(&path, active, known),
+        Source::Command(_) => Err(Error::Argument(
+            "rotate_root_key needs a root_id here".to_string(),
+            "The root keys come from rekey.root_key_command, which only reads.".to_string(),
+            "Add a root key at the provider, then SELECT rekey.rotate_root_key(root_id)."
+                .to_string(),
+        )),
+    }
+}
+
 /// F0000 when no source of root keys is set.
 pub fn not_configured() -> Error {
     Error::RootKey(
-        "rekey.root_key_file is not set.".to_string(),
+        "Neither rekey.root_key_file nor rekey.root_key_command is set.".to_string(),
         "Set rekey.root_key_file in postgresql.conf to a path outside the data directory, \
          reload, and run SELECT rekey.init_root_key()."
             .to_string(),
     )
 }
 
-fn not_held(candidates: &[RootId]) -> Error {
-    let wanted = candidates
-        .iter()
+fn list(ids: &[RootId]) -> String {
+    ids.iter()
         .map(RootId::to_string)
         .collect::<Vec<_>>()
-        .join(", ");
-    let held = LOADED.with_borrow(|loaded| {
-        loaded.as_ref().map_or(String::new(), |l| {
-            l.ring
-                .ids()
-                .map(|id| id.to_string())
-                .collect::<Vec<_>>()
-                .join(", ")
-        })
-    });
+        .join(", ")
+}
+
+fn not_held(candidates: &[RootId]) -> Error {
     Error::RootKey(
-        format!("This database needs root key {wanted}; the keyring of this server holds {held}."),
-        "Put the right keyring file in place (from another server of the cluster, or from \
-         escrow) and reload the configuration."
+        format!(
+            "This database needs root key {}; the keyring of this server holds {}.",
+            list(candidates),
+            list(&held())
+        ),
+        "Put the right keyring in place (from another server of the cluster, or from escrow) and \
+         reload the configuration; after a change at the provider of rekey.root_key_command SELECT \
+         rekey.reload_root_keys()."
             .to_string(),
     )
 }

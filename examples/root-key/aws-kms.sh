@@ -1,0 +1,20 @@
+#!/bin/sh
+# rekey.root_key_command for AWS KMS: the keyring lies on this machine, encrypted under a KMS key
+# that never leaves AWS. Needs the AWS command line interface.
+#
+# Once:  aws kms encrypt --key-id alias/pg_rekey --plaintext fileb://keyring.json \
+#            --encryption-context application=pg_rekey \
+#            --query CiphertextBlob --output text | base64 --decode > /etc/pg_rekey/keyring.kms
+# Then:  rekey.root_key_command = 'AWS_REGION=eu-central-1 /etc/pg_rekey/aws-kms.sh'
+#
+# KMS encrypts 4096 bytes at most: some 20 root keys. Give the machine's role kms:Decrypt on that
+# key with the condition kms:EncryptionContext:application = pg_rekey, and nothing else. Each
+# reading is in CloudTrail. AWS_ENDPOINT_URL names another endpoint, for a VPC or for tests.
+set -eu
+keyring=${KMS_KEYRING:-/etc/pg_rekey/keyring.kms}
+
+plaintext=$(aws kms decrypt --ciphertext-blob "fileb://$keyring" \
+    --encryption-context application=pg_rekey \
+    --cli-connect-timeout 4 --cli-read-timeout 4 \
+    --query Plaintext --output text)
+printf '%s' "$plaintext" | base64 --decode

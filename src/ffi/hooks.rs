@@ -222,4 +222,9 @@ unsafe extern "C-unwind" fn object_access(
     {
         crate::catalog::guard::before_drop(object);
     }
+    if access == pg_sys::ObjectAccessType::OAT_POST_ALTER
+        && class == pg_sys::Oid::from(super::scan::PG_EXTENSION)
+    {
+        crate::catalog::guard::after_alter_extension(object);
+    }
 }

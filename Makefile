@@ -9,7 +9,7 @@ SHELL := /bin/bash
 # The stages share one target/ folder and one private PostgreSQL.
 .NOTPARALLEL:
 
-.PHONY: help demo bench test lint test-core test-pg test-regress test-cluster test-readme \
+.PHONY: help demo bench test test-all lint test-core test-pg test-regress test-cluster test-readme \
 	test-providers fuzz build setup install clean
 
 help: ## list the targets (this text)
@@ -23,6 +23,9 @@ demo: setup ## rotate keys under load on a throwaway cluster, and prove that not
 
 test: ## set up what is missing, then run every test
 	@scripts/test.sh
+
+test-all: ## every test on 15, then the server tests on 16 and 18, then pg_upgrade between them
+	@scripts/test-all.sh
 
 bench: setup ## compare speed with pgcrypto and sha256, against the targets
 	@scripts/bench.sh

@@ -28,6 +28,17 @@ die() {
     exit 1
 }
 
+# source_config MAJOR: the pg_config of the tree that prefix.sh copies: what PG_CONFIG_<MAJOR>
+# names, else Debian's, else that of the wheel which wheel.sh has fetched.
+source_config() {
+    local variable=PG_CONFIG_$1 config
+    for config in "${!variable:-}" "/usr/lib/postgresql/$1/bin/pg_config" \
+        "$REKEY_WORK/wheel-$1"/*/pginstall/bin/pg_config; do
+        [ -z "$config" ] || [ ! -x "$config" ] || break
+    done
+    printf '%s\n' "$config"
+}
+
 is_root() { [ "$(id -u)" -eq 0 ]; }
 
 # PostgreSQL refuses to run as root: root runs servers as this user, anyone else as himself.

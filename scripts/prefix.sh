@@ -4,7 +4,7 @@
 # PostgreSQL finds its lib and share folders relative to its own binary, so real copies of the
 # binaries with links to all else make a server into which an ordinary user can install. The
 # system's tree is only read. debug, release and test (cargo pgrx test) never clobber each other.
-# PG_CONFIG_<MAJOR> names another source tree than Debian's, for example a wheel's pginstall/.
+# The source is Debian's tree, or a wheel's (wheel.sh), or what PG_CONFIG_<MAJOR> names.
 set -euo pipefail
 # shellcheck source=scripts/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -13,8 +13,7 @@ major=${1:-$REKEY_PG}
 kind=${2:-debug}
 case $kind in debug | release | test) ;; *) die "unknown kind of prefix: $kind" ;; esac
 
-source_var=PG_CONFIG_$major
-source_config=${!source_var:-/usr/lib/postgresql/$major/bin/pg_config}
+source_config=$(source_config "$major")
 [ -x "$source_config" ] || die "no PostgreSQL $major: $source_config is missing (scripts/setup.sh)"
 
 prefix=$REKEY_WORK/pg$major-$kind

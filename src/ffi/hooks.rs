@@ -242,6 +242,11 @@ unsafe extern "C-unwind" fn object_access(
     {
         crate::catalog::guard::before_drop(object);
     }
+    if access == pg_sys::ObjectAccessType::OAT_POST_ALTER
+        && class == pg_sys::Oid::from(super::scan::PG_EXTENSION)
+    {
+        crate::catalog::guard::after_alter_extension(object);
+    }
 }
 
 static mut NEXT_UTILITY: pg_sys::ProcessUtility_hook_type = None;

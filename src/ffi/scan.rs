@@ -23,6 +23,8 @@ pub enum Key<'a> {
     Bigint(i64),
     /// A text column with collation C, in the server's encoding.
     Text(&'a [u8]),
+    /// A column of type name.
+    Name(&'a std::ffi::CStr),
 }
 
 impl Scan {
@@ -44,6 +46,8 @@ impl Scan {
             let (procedure, datum) = match key {
                 Key::Bigint(value) => (pg_sys::F_INT8EQ, pg_sys::Datum::from(*value)),
                 Key::Text(bytes) => (pg_sys::F_TEXTEQ, varlena(bytes)),
+                // nameeq compares as strncmp does: a C string will do.
+                Key::Name(name) => (pg_sys::F_NAMEEQ, pg_sys::Datum::from(name.as_ptr())),
             };
             // SAFETY: writes the entry it is given. The collation becomes C, as the columns'.
             unsafe {
@@ -58,7 +62,8 @@ impl Scan {
             }
         }
         let count = i32::try_from(keys.len()).unwrap_or(0);
-        // SAFETY: table and index are OIDs of our own catalog (src/catalog/); systable_beginscan
+        // SAFETY: table and index are OIDs of our own catalog (src/catalog/) or of PostgreSQL's
+        // (extension_version); systable_beginscan
         // copies the keys.
         unsafe {
             let (relation, index) = loop {
@@ -184,6 +189,28 @@ pub fn relation(name: &std::ffi::CStr) -> Option<pg_sys::Oid> {
         let oid = pg_sys::get_relname_relid(name.as_ptr(), schema);
         (oid != pg_sys::InvalidOid).then_some(oid)
     }
+}
+
+/// pg_extension, ExtensionRelationId of src/include/catalog/pg_extension.h.
+pub const PG_EXTENSION: u32 = 3079;
+
+/// The version of the extension pg_rekey in this database: that of its catalog. Written by CREATE
+/// EXTENSION and ALTER EXTENSION UPDATE.
+pub fn extension_version() -> Result<Option<String>> {
+    const EXTENSION_NAME_INDEX: u32 = 3081;
+    const EXTNAME: i16 = 2;
+    const EXTVERSION: i16 = 6;
+    let find = || Ok((PG_EXTENSION.into(), EXTENSION_NAME_INDEX.into()));
+    let mut scan = Scan::open(find, &[EXTNAME], &[Key::Name(c"pg_rekey")])?;
+    let version = scan.next_row().map(|row| row.bytes(EXTVERSION));
+    Ok(version.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
+}
+
+/// Whether `extension` is pg_rekey.
+pub fn is_our_extension(extension: pg_sys::Oid) -> bool {
+    // SAFETY: a catalog look-up that may miss.
+    let ours = unsafe { pg_sys::get_extension_oid(c"pg_rekey".as_ptr(), true) };
+    extension == ours && ours != pg_sys::InvalidOid
 }
 
 /// Whether a relation is a member of the extension pg_rekey of this database.

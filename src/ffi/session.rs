@@ -291,6 +291,12 @@ pub fn in_preload() -> bool {
     unsafe { pg_sys::process_shared_preload_libraries_in_progress }
 }
 
+/// Whether a script of CREATE EXTENSION or ALTER EXTENSION UPDATE is running, of any extension.
+pub fn in_extension_script() -> bool {
+    // SAFETY: a static.
+    unsafe { pg_sys::creating_extension }
+}
+
 /// Raises 25006 in a READ ONLY transaction and on a standby.
 pub fn refuse_read_only(function: &std::ffi::CStr) {
     // SAFETY: a C string for the message.

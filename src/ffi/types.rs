@@ -395,7 +395,7 @@ fn may_execute(function: pg_sys::Oid) -> Result<()> {
     #[cfg(not(feature = "pg15"))]
     let verdict = unsafe {
         let class = pg_sys::Oid::from(1255);
-        pg_sys::object_aclcheck(class, function, user, pg_sys::ACL_EXECUTE)
+        pg_sys::object_aclcheck(class, function, user, pg_sys::ACL_EXECUTE.into())
     };
     if verdict == pg_sys::AclResult::ACLCHECK_OK {
         return Ok(());

@@ -21,11 +21,24 @@ use crate::{Ask, wait_until};
 /// The port in the socket's name; sockets of different clusters lie in different folders.
 const PORT: u16 = 5432;
 
+/// How each data directory is made.
+const INITDB: [&str; 8] = [
+    "-U",
+    "postgres",
+    "-A",
+    "trust",
+    "-E",
+    "UTF8",
+    "--locale=C.UTF-8",
+    "--no-sync",
+];
+
 /// How a cluster differs from the usual one.
 #[derive(Clone, Debug)]
 pub struct Options {
     preload: bool,
     settings: Vec<String>,
+    programs: PathBuf,
 }
 
 impl Options {
@@ -34,6 +47,7 @@ impl Options {
         Options {
             preload: true,
             settings: Vec::new(),
+            programs: programs(),
         }
     }
 
@@ -42,6 +56,7 @@ impl Options {
         Options {
             preload: false,
             settings: Vec::new(),
+            programs: programs(),
         }
     }
 
@@ -50,12 +65,19 @@ impl Options {
         self.settings.push(line.to_owned());
         self
     }
+
+    /// Of another PostgreSQL than REKEY_PG_BIN's: the folder of its programs.
+    pub fn of(mut self, programs: &Path) -> Options {
+        self.programs = programs.to_owned();
+        self
+    }
 }
 
 /// A running (or crashed, or stopped) server of its own.
 #[derive(Debug)]
 pub struct Cluster {
     dir: PathBuf,
+    programs: PathBuf,
     reaper: Option<Child>,
     setup: Mutex<()>,
 }
@@ -63,8 +85,8 @@ pub struct Cluster {
 impl Cluster {
     /// Starts a server from the template.
     pub fn start(options: Options) -> Cluster {
-        let template = template();
-        let cluster = Cluster::in_new_folder();
+        let template = template(&options.programs);
+        let cluster = Cluster::in_new_folder(&options.programs);
         run(as_server("cp").arg("-a").arg(&template).arg(cluster.data()));
         cluster.configure(&options);
         cluster.boot();
@@ -73,8 +95,8 @@ impl Cluster {
 
     /// A streaming standby of this server, under the same root key file.
     pub fn standby(&self) -> Cluster {
-        let standby = Cluster::in_new_folder();
-        run(as_server(bin("pg_basebackup"))
+        let standby = Cluster::in_new_folder(&self.programs);
+        run(as_server(self.bin("pg_basebackup"))
             .args([
                 "-R",
                 "-X",
@@ -93,6 +115,43 @@ impl Cluster {
         ));
         standby.boot();
         standby
+    }
+
+    /// Stops this server and has pg_upgrade make another of it, of the major version and the
+    /// settings of `options`, under a copy of the root key file.
+    pub fn upgrade(self, options: Options) -> Cluster {
+        self.stop("fast");
+        let new = Cluster::in_new_folder(&options.programs);
+        fs::create_dir(new.data()).expect("the data directory");
+        give_to_server(&new.data());
+        // Checksums are on by default from 18 on, and both clusters must agree.
+        let help = run(as_server(new.bin("initdb")).arg("--help"));
+        let plain = String::from_utf8_lossy(&help.stdout).contains("--no-data-checksums");
+        run(as_server(new.bin("initdb"))
+            .args(INITDB)
+            .args(plain.then_some("--no-data-checksums"))
+            .arg("-D")
+            .arg(new.data()));
+        run(as_server("cp")
+            .arg("-p")
+            .args([self.root_key_file(), new.root_key_file()]));
+        new.configure(&options);
+        let mut upgrade = as_server(new.bin("pg_upgrade"));
+        upgrade.current_dir(&new.dir).args(["-U", "postgres"]);
+        upgrade.arg("-b").arg(&self.programs);
+        upgrade.arg("-B").arg(&new.programs);
+        upgrade.arg("-d").arg(self.data());
+        upgrade.arg("-D").arg(new.data());
+        upgrade.arg("-s").arg(&new.dir);
+        let output = upgrade.output().expect("pg_upgrade");
+        assert!(
+            output.status.success(),
+            "pg_upgrade: {}{}",
+            String::from_utf8_lossy(&output.stdout),
+            logs_below(&new.data().join("pg_upgrade_output.d"))
+        );
+        new.boot();
+        new
     }
 
     /// The folder of the cluster; files put here go away with it.
@@ -264,7 +323,7 @@ impl Cluster {
 
     /// Runs one of PostgreSQL's client programs against this cluster; its output, whatever its end.
     pub fn try_tool(&self, program: &str, args: &[&str], options: &str) -> Output {
-        let mut command = as_server(bin(program));
+        let mut command = as_server(self.bin(program));
         command
             .args(args)
             .env("PGHOST", &self.dir)
@@ -302,12 +361,16 @@ impl Cluster {
     }
 
     fn pg_ctl(&self) -> Command {
-        let mut command = as_server(bin("pg_ctl"));
+        let mut command = as_server(self.bin("pg_ctl"));
         command.arg("-D").arg(self.data()).args(["-t", "60"]);
         command
     }
 
-    fn in_new_folder() -> Cluster {
+    fn bin(&self, program: &str) -> PathBuf {
+        self.programs.join(program)
+    }
+
+    fn in_new_folder(programs: &Path) -> Cluster {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let dir = work().join(format!("{}-{number}", std::process::id()));
@@ -320,6 +383,7 @@ impl Cluster {
         let reaper = reaper(&dir);
         Cluster {
             dir,
+            programs: programs.to_owned(),
             reaper: Some(reaper),
             setup: Mutex::new(()),
         }
@@ -400,13 +464,17 @@ impl Database<'_> {
     }
 }
 
-/// The path of one of PostgreSQL's programs.
-pub fn bin(program: &str) -> PathBuf {
-    let folder = std::env::var_os("REKEY_PG_BIN").map_or_else(
+/// The folder of PostgreSQL's programs.
+pub fn programs() -> PathBuf {
+    std::env::var_os("REKEY_PG_BIN").map_or_else(
         || PathBuf::from("/usr/lib/postgresql/15/bin"),
         PathBuf::from,
-    );
-    folder.join(program)
+    )
+}
+
+/// The path of one of PostgreSQL's programs.
+pub fn bin(program: &str) -> PathBuf {
+    programs().join(program)
 }
 
 /// Runs a command that must succeed.
@@ -499,8 +567,8 @@ fn work() -> PathBuf {
 }
 
 /// A data directory fresh from initdb, made once per version of PostgreSQL and then copied.
-fn template() -> PathBuf {
-    let version = run(Command::new(bin("postgres")).arg("--version"));
+fn template(programs: &Path) -> PathBuf {
+    let version = run(Command::new(programs.join("postgres")).arg("--version"));
     let version = String::from_utf8_lossy(&version.stdout).into_owned();
     let version: String = version
         .chars()
@@ -514,22 +582,35 @@ fn template() -> PathBuf {
         let _ = fs::remove_dir_all(&fresh);
         fs::create_dir(&fresh).expect("the template's folder");
         give_to_server(&fresh);
-        run(as_server(bin("initdb"))
-            .args([
-                "-U",
-                "postgres",
-                "-A",
-                "trust",
-                "-E",
-                "UTF8",
-                "--locale=C.UTF-8",
-                "--no-sync",
-            ])
+        run(as_server(programs.join("initdb"))
+            .args(INITDB)
             .arg("-D")
             .arg(&fresh));
         fs::rename(&fresh, &dir).expect("the template in place");
     }
     dir
+}
+
+/// All text below a folder in which a program left its logs.
+fn logs_below(dir: &Path) -> String {
+    let mut text = String::new();
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.path().is_dir() {
+            text += &logs_below(&entry.path());
+        } else if entry
+            .path()
+            .extension()
+            .is_some_and(|end| end == "log" || end == "txt")
+        {
+            let bytes = fs::read(entry.path()).unwrap_or_default();
+            text += &format!(
+                "\n== {}\n{}",
+                entry.path().display(),
+                String::from_utf8_lossy(&bytes)
+            );
+        }
+    }
+    text
 }
 
 /// Waits for the end of its input, then kills the server and deletes its folder.

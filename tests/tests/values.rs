@@ -224,15 +224,21 @@ fn the_text_form_of_a_typed_value_is_the_same_under_all_settings() {
 #[test]
 fn text_like_types_are_sealed_as_text() {
     let (_database, mut client) = session("text_like");
-    client.run("CREATE DOMAIN email AS text; CREATE EXTENSION citext");
-    for value in [
+    client.run("CREATE DOMAIN email AS text");
+    let mut values = vec![
         "'x'",
         "'x'::varchar(9)",
         "'x'::char(5)",
         "'x'::name",
         "'x'::email",
-        "'x'::citext",
-    ] {
+    ];
+    if client.truth("SELECT EXISTS (SELECT FROM pg_available_extensions WHERE name = 'citext')") {
+        client.run("CREATE EXTENSION citext");
+        values.push("'x'::citext");
+    } else {
+        eprintln!("this server has no citext: that type is not tried");
+    }
+    for value in values {
         let sealed = format!("encrypt_col({value}, 'pii')");
         assert_eq!(
             client.number(&format!("SELECT get_byte({sealed}, 1)")),

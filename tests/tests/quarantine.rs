@@ -236,7 +236,7 @@ fn a_hostile_owner_gains_nothing_and_delays_no_other_table() {
     assert!(client.number("SELECT count(*) FROM seen WHERE what = 'trigger'") > 0);
     assert_eq!(
         client.column("SELECT DISTINCT who FROM seen"),
-        [owner.clone()],
+        std::slice::from_ref(&owner),
         "its code ran as its owner only"
     );
     assert_eq!(

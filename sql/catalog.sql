@@ -114,18 +114,18 @@ CREATE TABLE rekey.registered_column (
     context       text NOT NULL DEFAULT '',
     fire_triggers boolean NOT NULL DEFAULT false,
     attnum        smallint NOT NULL,
-    attnum_of     oid NOT NULL,
+    stamp         text NOT NULL,
     registered_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     registered_by text NOT NULL DEFAULT current_user,
     PRIMARY KEY (table_name, column_name)
 );
 COMMENT ON TABLE rekey.registered_column IS 'Columns that hold envelopes and that the worker re-encrypts';
 COMMENT ON COLUMN rekey.registered_column.table_name IS 'Table';
-COMMENT ON COLUMN rekey.registered_column.column_name IS 'Name of the column when it was registered';
+COMMENT ON COLUMN rekey.registered_column.column_name IS 'Name of the column; kept up to date for dumps';
 COMMENT ON COLUMN rekey.registered_column.context IS 'Expression over the row that gives the bound context; empty for none';
 COMMENT ON COLUMN rekey.registered_column.fire_triggers IS 'Whether the table''s triggers fire when the worker updates a row';
 COMMENT ON COLUMN rekey.registered_column.attnum IS 'Number of the column, which follows a rename';
-COMMENT ON COLUMN rekey.registered_column.attnum_of IS 'Table for which the number counts; after a restore it is another one, and the name counts';
+COMMENT ON COLUMN rekey.registered_column.stamp IS 'Server, OID and making of the table for which the number counts; in a restored or upgraded database it is another one, and the name counts';
 COMMENT ON COLUMN rekey.registered_column.registered_at IS 'When it was registered';
 COMMENT ON COLUMN rekey.registered_column.registered_by IS 'Who registered it';
 

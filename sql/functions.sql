@@ -320,6 +320,17 @@ CREATE FUNCTION rekey.disable_touch(table_name regclass) RETURNS void
 COMMENT ON FUNCTION rekey.disable_touch(regclass) IS
     'Ends what enable_touch() began';
 
+CREATE FUNCTION rekey.registered_attnum(table_name regclass, column_name text, attnum smallint,
+        stamp text) RETURNS smallint
+    LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'registered_attnum_wrapper';
+COMMENT ON FUNCTION rekey.registered_attnum(regclass, text, smallint, text) IS
+    'For the view columns: the present number of a registered column; NULL when it is gone';
+
+CREATE FUNCTION rekey.table_stamp(table_name regclass) RETURNS text
+    LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'table_stamp_wrapper';
+COMMENT ON FUNCTION rekey.table_stamp(regclass) IS
+    'What tells this table from any other that has had or will have its OID; NULL for none';
+
 CREATE FUNCTION rekey.table_visible(table_name regclass) RETURNS boolean
     LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'table_visible_wrapper';
 COMMENT ON FUNCTION rekey.table_visible(regclass) IS

@@ -68,6 +68,28 @@ ALTER EVENT TRIGGER pg_rekey_guard_drop ENABLE ALWAYS;
 COMMENT ON EVENT TRIGGER pg_rekey_guard_drop IS
     'pg_rekey does not go while a slot can still open something (rekey.allow_drop overrides)';
 
+-- Restores and logical apply bring registrations of tables that have other numbers here.
+CREATE FUNCTION rekey.stamp_registration() RETURNS trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'stamp_registration_wrapper';
+COMMENT ON FUNCTION rekey.stamp_registration() IS
+    'Trigger: a registration that is restored is stamped with the numbers of the restored table';
+CREATE TRIGGER stamp_registration BEFORE INSERT ON rekey.registered_column
+    FOR EACH ROW EXECUTE FUNCTION rekey.stamp_registration();
+ALTER TABLE rekey.registered_column ENABLE ALWAYS TRIGGER stamp_registration;
+COMMENT ON TRIGGER stamp_registration ON rekey.registered_column IS
+    'A restored registration gets the numbers of the restored table';
+
+CREATE FUNCTION rekey.follow_renames() RETURNS event_trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'follow_renames_wrapper';
+COMMENT ON FUNCTION rekey.follow_renames() IS
+    'Event trigger: a registered column is followed by its number, and dumped by its present name';
+CREATE EVENT TRIGGER pg_rekey_follow_renames ON ddl_command_end
+    WHEN TAG IN ('ALTER TABLE')
+    EXECUTE FUNCTION rekey.follow_renames();
+ALTER EVENT TRIGGER pg_rekey_follow_renames ENABLE ALWAYS;
+COMMENT ON EVENT TRIGGER pg_rekey_follow_renames IS
+    'Registered columns are dumped by their present names';
+
 CREATE FUNCTION rekey.forget_dropped() RETURNS event_trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'forget_dropped_wrapper';
 COMMENT ON FUNCTION rekey.forget_dropped() IS

@@ -39,7 +39,8 @@ BEGIN
                                  'rotate_root_key', 'retire_root_key', 'mark_compromised_root',
                                  'restore_slot', 'export_key', 'import_key',
                                  'refuse_direct_change', 'announce_change', 'guard_drop',
-                                 'forget_dropped', 'pause', 'resume', 'find_envelopes',
+                                 'forget_dropped', 'follow_renames', 'stamp_registration',
+                                 'pause', 'resume', 'find_envelopes',
                                  'envelope_places')
     LOOP
         EXECUTE format('GRANT EXECUTE ON ROUTINE %s TO PUBLIC', given.object);

@@ -90,8 +90,7 @@ SELECT r.table_name,
   FROM rekey.registered_column r
   LEFT JOIN pg_catalog.pg_attribute a
          ON a.attrelid = r.table_name::oid AND NOT a.attisdropped
-        AND CASE WHEN r.attnum_of = r.table_name::oid THEN a.attnum = r.attnum
-                 ELSE a.attname = r.column_name END
+        AND a.attnum = rekey.registered_attnum(r.table_name, r.column_name, r.attnum, r.stamp)
  WHERE rekey.table_visible(r.table_name);
 COMMENT ON VIEW rekey.columns IS 'Columns that are re-encrypted (for the tables'' owners and pg_monitor)';
 

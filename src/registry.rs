@@ -39,12 +39,37 @@ pub struct Trouble {
     pub what: String,
 }
 
+/// What tells a table from any other that has had or will have its OID: the server, the OID, and the
+/// transaction that made the table. An OID alone does not: OIDs come round. Nor does the row in
+/// pg_class, which any ALTER TABLE rewrites.
+pub fn stamp(table: Oid) -> Option<String> {
+    relation::born(table).map(|born| {
+        let server = relation::system_identifier();
+        format!("{server}/{}/{born}", table.to_u32())
+    })
+}
+
 /// The present number of a registered column in its own table; None when it is gone.
 pub fn attnum(row: &read::RegisteredRow) -> Option<i16> {
-    if row.attnum_of == row.table {
-        return relation::column_name(row.table, row.attnum).map(|_| row.attnum);
+    place(row.table, &row.column, row.attnum, &row.stamp)
+}
+
+/// The present number of a column that was registered as `column`, with this number under this
+/// stamp. Under the table's own stamp the number counts, whatever the column is called now; under
+/// that of another server or OID (a dump was restored, the server upgraded) the name. A stamp of
+/// this very OID on this server with another making is that of a table that was dropped: a later
+/// table does not inherit it. (GRANT on a system column changes the making too. That is why the
+/// registration then counts as one whose column is gone, which blocks proofs, and not as none.)
+pub fn place(table: Oid, column: &str, attnum: i16, stamped: &str) -> Option<i16> {
+    let now = stamp(table)?;
+    if now == stamped {
+        return relation::column_name(table, attnum).map(|_| attnum);
     }
-    relation::column_number(row.table, &row.column)
+    let made_for = |stamp: &str| stamp.rsplit_once('/').map(|(whose, _)| whose.to_string());
+    if made_for(&now) == made_for(stamped) {
+        return None;
+    }
+    relation::column_number(table, column)
 }
 
 /// Every leaf with its columns, and what cannot be served.

@@ -9,13 +9,15 @@ use pgrx::pg_sys::{FunctionCallInfo, Oid};
 use pgrx::prelude::*;
 
 use super::touch;
-use crate::catalog::work;
 use crate::catalog::write::{self, Audit};
+use crate::catalog::{read, work};
 use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
 use crate::ffi::expression::Expression;
 use crate::ffi::session::{self, OwnerOf};
-use crate::ffi::{hooks, relation, table, text};
+use crate::ffi::table::columns_of;
+use crate::ffi::trigger::TriggerCall;
+use crate::ffi::{hooks, relation, scan, table, text};
 use crate::registry;
 use crate::worker::drain::{Drainer, Step};
 use crate::worker::elsewhere;
@@ -166,6 +168,7 @@ fn register_column(fcinfo: FunctionCallInfo) -> Reply {
         let context = call.required_text(2, "context")?;
         let fire_triggers = call.required_bool(3, "fire_triggers")?;
         own(oid)?;
+        write::settle_registrations(oid)?;
         let attnum = check(oid, &column, &context, fire_triggers)?;
         own(oid)?;
         for leaf in relation::leaves(oid) {
@@ -219,6 +222,60 @@ fn unregister_column(fcinfo: FunctionCallInfo) -> Reply {
         audit("unregister_column", &format!("{name}.{column}"))?;
         hooks::wake_on_commit();
         Ok(Reply::void())
+    })
+}
+
+/// Trigger before a registration is stored, by register_column or by a restore.
+#[pg_extern(sql = false)]
+fn stamp_registration(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let trigger = TriggerCall::of(&call)
+            .filter(|trigger| trigger.is_before_store() && scan::belongs_to_us(trigger.table()))
+            .ok_or_else(|| Error::Internal("called outside its trigger".to_string()))?;
+        let row = read::registered_row(|attribute| {
+            columns_of(trigger.new_row(), &[attribute]).pop().flatten()
+        })?;
+        let (Some(attnum), Some(stamp)) = (registry::attnum(&row), registry::stamp(row.table))
+        else {
+            return Ok(trigger.store_with(&[]));
+        };
+        let (at, of) = read::STAMP;
+        Ok(trigger.store_with(&[
+            (at, pg_sys::Datum::from(attnum)),
+            (of, text::text_datum(&stamp)?),
+        ]))
+    })
+}
+
+/// Event trigger on ddl_command_end: a dump names a column as it is called now.
+#[pg_extern(sql = false)]
+fn follow_renames(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |_| {
+        write::settle_altered_tables()?;
+        Ok(Reply::void())
+    })
+}
+
+/// For the view columns.
+#[pg_extern(sql = false)]
+fn registered_attnum(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let oid = call.required_oid(0, "table_name")?;
+        let column = call.required_text(1, "column_name")?;
+        let attnum = call.required_i16(2, "attnum")?;
+        let stamp = call.required_text(3, "stamp")?;
+        let place = registry::place(oid, &column, attnum, &stamp);
+        Ok(place.map_or_else(Reply::null, |attnum| {
+            Reply::datum(pg_sys::Datum::from(attnum))
+        }))
+    })
+}
+
+#[pg_extern(sql = false)]
+fn table_stamp(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let oid = call.required_oid(0, "table_name")?;
+        registry::stamp(oid).map_or_else(|| Ok(Reply::null()), |stamp| Reply::text(&stamp))
     })
 }
 

@@ -214,11 +214,14 @@ pub struct RegisteredRow {
     pub context: String,
     /// Whether the table's triggers fire.
     pub fire_triggers: bool,
-    /// Number of the column in `attnum_of`.
+    /// Number of the column in the stamped table.
     pub attnum: i16,
-    /// Table for which the number counts.
-    pub attnum_of: pg_sys::Oid,
+    /// Table for which the number counts: see src/registry.rs.
+    pub stamp: String,
 }
+
+/// The columns of rekey.registered_column that depend on the table's numbers: attnum and stamp.
+pub const STAMP: (i16, i16) = (5, 6);
 
 /// All registered columns.
 pub fn registered_columns() -> Result<Vec<RegisteredRow>> {
@@ -226,16 +229,26 @@ pub fn registered_columns() -> Result<Vec<RegisteredRow>> {
     let mut scan = Scan::open(find, &[], &[])?;
     let mut columns = Vec::new();
     while let Some(row) = scan.next_row() {
-        columns.push(RegisteredRow {
-            table: row.oid(1),
-            column: text::to_utf8_string(&row.bytes(2))?,
-            context: text::to_utf8_string(&row.bytes(3))?,
-            fire_triggers: row.bool(4),
-            attnum: i16::try_from(row.i64(5) & 0x7fff).unwrap_or(0),
-            attnum_of: row.oid(6),
-        });
+        columns.push(registered_row(|attribute| row.datum(attribute))?);
     }
     Ok(columns)
+}
+
+/// A row of rekey.registered_column, given the datum of each of its columns.
+pub fn registered_row(datum: impl Fn(i16) -> Option<pg_sys::Datum>) -> Result<RegisteredRow> {
+    let number = |attribute| datum(attribute).map_or(0, |d| d.value());
+    let words = |attribute| match datum(attribute) {
+        Some(datum) => text::to_utf8_string(text::detoasted(datum)),
+        None => Ok(String::new()),
+    };
+    Ok(RegisteredRow {
+        table: pg_sys::Oid::from(u32::try_from(number(1) & 0xffff_ffff).unwrap_or(0)),
+        column: words(2)?,
+        context: words(3)?,
+        fire_triggers: number(4) & 0xff != 0,
+        attnum: i16::try_from(number(STAMP.0) & 0x7fff).unwrap_or(0),
+        stamp: words(STAMP.1)?,
+    })
 }
 
 /// How many slots of how many keys are not destroyed. Needs no index: it also answers in the

@@ -13,7 +13,7 @@ use rekey_core::keyring::{Privilege, SlotState};
 use super::read::{self, SlotRow};
 use super::roots::{self, Roots};
 use crate::error::{Error, Result};
-use crate::ffi::sql::{Arg, bigint, run};
+use crate::ffi::sql::{Arg, bigint, rows, run};
 use crate::ffi::{session, text};
 
 /// Who acts: taken before the switch to the catalog's owner.
@@ -420,14 +420,15 @@ pub struct Registration<'a> {
     pub by: &'a str,
 }
 
-/// Registers a column; false when it is registered already, under whatever earlier name.
+/// Registers a column; false when it is registered already. The stamp comes from a trigger.
 pub fn insert_registration(new: &Registration<'_>) -> Result<bool> {
     let inserted = bigint(
         "INSERT INTO rekey.registered_column \
-             (table_name, column_name, context, fire_triggers, attnum, attnum_of, registered_by) \
-         SELECT $1::oid::regclass, $2, $3, $4, $5::smallint, $1, $6 \
+             (table_name, column_name, context, fire_triggers, attnum, stamp, registered_by) \
+         SELECT $1::oid::regclass, $2, $3, $4, $5::smallint, '', $6 \
           WHERE NOT EXISTS (SELECT FROM rekey.registered_column r \
-              WHERE r.table_name = $1::oid::regclass AND r.attnum_of = $1 AND r.attnum = $5) \
+              WHERE r.table_name = $1::oid::regclass AND $5 = rekey.registered_attnum( \
+                  r.table_name, r.column_name, r.attnum, r.stamp)) \
          ON CONFLICT DO NOTHING RETURNING 1::bigint",
         &[
             Arg::Oid(new.table),
@@ -441,12 +442,12 @@ pub fn insert_registration(new: &Registration<'_>) -> Result<bool> {
     Ok(inserted.is_some())
 }
 
-/// Ends the registration of a column, named as it is now or as it was registered.
+/// Ends the registration of the column with this number, or of one that is gone by its last name.
 pub fn delete_registration(table: pg_sys::Oid, column: &str, attnum: i16) -> Result<bool> {
     let deleted = run(
-        "DELETE FROM rekey.registered_column WHERE table_name = $1::oid::regclass \
-            AND (attnum_of = $1 AND attnum = $3 \
-                 OR column_name = $2 AND (attnum_of <> $1 OR $3 = 0))",
+        "DELETE FROM rekey.registered_column r WHERE r.table_name = $1::oid::regclass \
+            AND coalesce(rekey.registered_attnum( \
+                    r.table_name, r.column_name, r.attnum, r.stamp) = $3, r.column_name = $2)",
         &[
             Arg::Oid(table),
             Arg::Text(column),
@@ -454,6 +455,41 @@ pub fn delete_registration(table: pg_sys::Oid, column: &str, attnum: i16) -> Res
         ],
     )?;
     Ok(deleted > 0)
+}
+
+/// Writes down the present name and stamp of the registered columns of a table, where they are
+/// other than written. A name that stands beside another column's row, one that is gone, is left.
+pub fn settle_registrations(table: pg_sys::Oid) -> Result<()> {
+    run(
+        "UPDATE rekey.registered_column r \
+            SET column_name = a.attname::text, attnum = a.attnum, \
+                stamp = rekey.table_stamp(r.table_name) \
+           FROM pg_catalog.pg_attribute a \
+          WHERE r.table_name = $1::oid::regclass AND a.attrelid = $1 AND NOT a.attisdropped \
+            AND a.attnum = rekey.registered_attnum( \
+                    r.table_name, r.column_name, r.attnum, r.stamp) \
+            AND (r.column_name <> a.attname::text OR r.stamp <> rekey.table_stamp(r.table_name)) \
+            AND NOT EXISTS (SELECT FROM rekey.registered_column o \
+                  WHERE o.table_name = r.table_name AND o.column_name = a.attname::text \
+                    AND o.column_name <> r.column_name)",
+        &[Arg::Oid(table)],
+    )
+    .map(|_| ())
+}
+
+/// `settle_registrations` for the tables that the current command has altered, in an event trigger.
+pub fn settle_altered_tables() -> Result<()> {
+    let altered = rows(
+        "SELECT DISTINCT c.objid::text FROM pg_catalog.pg_event_trigger_ddl_commands() c \
+           JOIN rekey.registered_column r ON r.table_name::oid = c.objid \
+          WHERE c.classid = 'pg_catalog.pg_class'::regclass",
+        &[],
+    )?;
+    for row in altered {
+        let oid = row[0].as_deref().and_then(|oid| oid.parse().ok());
+        settle_registrations(oid.map_or(pg_sys::InvalidOid, pg_sys::Oid::from_u32))?;
+    }
+    Ok(())
 }
 
 /// Forgets the tables that the current command drops.

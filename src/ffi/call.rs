@@ -66,6 +66,13 @@ impl Call {
         Ok(pg_sys::Oid::from_u32(oid))
     }
 
+    /// A smallint argument that must not be NULL.
+    pub fn required_i16(&self, i: usize, name: &'static str) -> Result<i16> {
+        let datum = self.datum(i).ok_or(Error::NullArgument(name))?;
+        let bits = u16::try_from(datum.value() & 0xffff).unwrap_or(0);
+        Ok(bits.cast_signed())
+    }
+
     /// A name argument that must not be NULL, as UTF-8.
     pub fn required_name(&self, i: usize, name: &'static str) -> Result<String> {
         let datum = self.datum(i).ok_or(Error::NullArgument(name))?;

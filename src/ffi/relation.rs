@@ -8,6 +8,8 @@ use std::ffi::{CString, c_char};
 use pgrx::pg_sys::ffi::pg_guard_ffi_boundary;
 use pgrx::pg_sys::{self, Oid};
 
+/// tableoid, the system column with the lowest number (src/include/access/sysattr.h).
+const TABLE_OID_ATTRIBUTE: i16 = -6;
 /// The first OID of users' objects (src/include/access/transam.h).
 const FIRST_NORMAL_OBJECT: u32 = 16384;
 
@@ -50,6 +52,31 @@ pub fn column_number(relation: Oid, name: &str) -> Option<i16> {
     // SAFETY: a syscache look-up that answers 0 for a missing column.
     let number = unsafe { pg_sys::get_attnum(relation, name.as_ptr()) };
     (number > 0).then_some(number)
+}
+
+/// The transaction that made a table, as it stands in the catalog; None when there is no table.
+///
+/// pg_attribute's row of the system column tableoid is written by CREATE TABLE. Nothing rewrites it
+/// but a GRANT on that very column, and freezing keeps its xmin.
+pub fn born(table: Oid) -> Option<u32> {
+    // SAFETY: the cached tuple keeps the header of the stored one; it is released once read.
+    unsafe {
+        let cache = pg_sys::SysCacheIdentifier::ATTNUM as i32;
+        let attnum = pg_sys::Datum::from(TABLE_OID_ATTRIBUTE);
+        let tuple = pg_sys::SearchSysCache2(cache, pg_sys::Datum::from(table), attnum);
+        if tuple.is_null() {
+            return None;
+        }
+        let xmin = (*(*tuple).t_data).t_choice.t_heap.t_xmin;
+        pg_sys::ReleaseSysCache(tuple);
+        Some(xmin.into_inner())
+    }
+}
+
+/// The number by which this server knows itself; its standbys and backups share it.
+pub fn system_identifier() -> u64 {
+    // SAFETY: reads what is set at start.
+    unsafe { pg_sys::GetSystemIdentifier() }
 }
 
 /// Whether PostgreSQL computes a column.

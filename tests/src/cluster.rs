@@ -424,6 +424,62 @@ impl Drop for Cluster {
     }
 }
 
+/// A copy of the private PostgreSQL tree (scripts/prefix.sh) that REKEY_PG_BIN lies in, for tests
+/// that add files to an installation. Deleted when dropped.
+#[derive(Debug)]
+pub struct Tree {
+    dir: PathBuf,
+    programs: PathBuf,
+    extensions: PathBuf,
+}
+
+impl Tree {
+    /// Copies the tree. Links to the system's files stay links.
+    pub fn copy() -> Tree {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let programs = programs();
+        let root = programs
+            .ancestors()
+            .find(|folder| folder.join(".stamp").exists())
+            .unwrap_or_else(|| panic!("{programs:?} is in no tree of scripts/prefix.sh"));
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let dir = work().join(format!("tree-{}-{number}", std::process::id()));
+        run(Command::new("cp").arg("-a").arg(root).arg(&dir));
+        let inside = programs.strip_prefix(root).expect("a folder of the tree");
+        let programs = dir.join(inside);
+        let share = run(Command::new(programs.join("pg_config")).arg("--sharedir"));
+        let share = String::from_utf8(share.stdout).expect("a path in UTF-8");
+        let extensions = Path::new(share.trim_end()).join("extension");
+        assert!(extensions.starts_with(&dir), "{extensions:?} is no copy");
+        Tree {
+            dir,
+            programs,
+            extensions,
+        }
+    }
+
+    /// The folder of its programs, for [`Options::of`].
+    pub fn programs(&self) -> &Path {
+        &self.programs
+    }
+
+    /// A file of its folder of extensions.
+    pub fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.extensions.join(name)).expect("a file of an extension")
+    }
+
+    /// Writes a file of its folder of extensions.
+    pub fn write(&self, name: &str, content: &str) {
+        fs::write(self.extensions.join(name), content).expect("a file of an extension");
+    }
+}
+
+impl Drop for Tree {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
 /// A database of a test's own.
 #[derive(Debug)]
 pub struct Database<'a> {

@@ -169,6 +169,24 @@ fn register_column(fcinfo: FunctionCallInfo) -> Reply {
         let fire_triggers = call.required_bool(3, "fire_triggers")?;
         own(oid)?;
         write::settle_registrations(oid)?;
+        let name = table::name(oid)?;
+        let again = || {
+            object(
+                Code::ERRCODE_DUPLICATE_OBJECT,
+                format!("column \"{column}\" of {name} is registered already"),
+                "A column is registered once.",
+                "To change its context: rekey.unregister_column(table_name, column_name) first.",
+            )
+        };
+        let number = relation::column_number(oid, &column);
+        let known = read::registered_columns()?;
+        if number.is_some()
+            && known
+                .iter()
+                .any(|row| row.table == oid && registry::attnum(row) == number)
+        {
+            return Err(again());
+        }
         let attnum = check(oid, &column, &context, fire_triggers)?;
         own(oid)?;
         for leaf in relation::leaves(oid) {
@@ -176,7 +194,6 @@ fn register_column(fcinfo: FunctionCallInfo) -> Reply {
                 check(leaf, &column, &context, fire_triggers)?;
             }
         }
-        let name = table::name(oid)?;
         let user = session::role_name(session::current_user());
         let column_as = write::Registration {
             table: oid,
@@ -187,12 +204,7 @@ fn register_column(fcinfo: FunctionCallInfo) -> Reply {
             by: &user,
         };
         if !write::insert_registration(&column_as)? {
-            return Err(object(
-                Code::ERRCODE_DUPLICATE_OBJECT,
-                format!("column \"{column}\" of {name} is registered already"),
-                "A column is registered once.",
-                "To change its context: rekey.unregister_column(table_name, column_name) first.",
-            ));
+            return Err(again());
         }
         touch::follow(oid)?;
         audit("register_column", &format!("{name}.{column}"))?;

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
 use crate::ffi::expression::Expression;
 use crate::ffi::session::{self, ActAs};
+use crate::ffi::subtransaction::subtransaction;
 use crate::ffi::table::{self, columns_of};
 use crate::ffi::trigger::TriggerCall;
 use crate::ffi::{relation, text};
@@ -150,7 +151,33 @@ pub(super) fn follow(oid: Oid) -> Result<()> {
 /// What the trigger does with the rows of one statement.
 struct Plan {
     columns: Vec<i16>,
-    contexts: Vec<Option<Expression>>,
+    contexts: Vec<Context>,
+}
+
+/// The context of a registered column.
+enum Context {
+    /// None is registered.
+    Unbound,
+    /// The value of an expression.
+    Of(Expression),
+    /// Of an expression that does not work any more: what is bound to a context is left.
+    Unusable,
+}
+
+/// Runs code of the table's owner as its owner; None when it fails. Whoever updates the row has
+/// nothing to do with that; but a cancel, or a server in need, is his affair.
+fn as_owner<R>(trigger: &TriggerCall, body: impl FnOnce() -> Result<R>) -> Result<Option<R>> {
+    let outcome = subtransaction(|| {
+        let _act_as = ActAs::restricted(trigger.table_owner());
+        body()
+    });
+    match outcome {
+        Ok(result) => Ok(result.ok()),
+        Err(caught) if matches!(&caught.sqlstate()[..2], "53" | "57" | "58" | "XX") => {
+            Err(Error::Owner(caught.0))
+        }
+        Err(_) => Ok(None),
+    }
 }
 
 impl Plan {
@@ -164,15 +191,13 @@ impl Plan {
             return Ok(plan);
         };
         plan.columns = leaf.columns.iter().map(|column| column.attnum).collect();
-        let _act_as = ActAs::restricted(trigger.table_owner());
         for column in &leaf.columns {
             plan.contexts.push(match column.context.as_str() {
-                "" => None,
-                text => Some(Expression::prepare(
-                    trigger.relation(),
-                    text,
-                    &plan.columns,
-                )?),
+                "" => Context::Unbound,
+                text => as_owner(trigger, || {
+                    Expression::prepare(trigger.relation(), text, &plan.columns)
+                })?
+                .map_or(Context::Unusable, Context::Of),
             });
         }
         Ok(plan)
@@ -210,13 +235,12 @@ fn touch(fcinfo: FunctionCallInfo) -> Reply {
                 continue;
             }
             let context = match &plan.contexts[at] {
-                Some(expression) if header.context_bound => {
-                    match unchanged_context(&trigger, expression)? {
-                        Some(context) => context,
-                        None => continue,
-                    }
-                }
-                _ => Vec::new(),
+                _ if !header.context_bound => Vec::new(),
+                Context::Of(expression) => match unchanged_context(&trigger, expression)? {
+                    Some(context) => context,
+                    None => continue,
+                },
+                Context::Unbound | Context::Unusable => continue,
             };
             // An Err is a value that does not open, or a root key that is not there: not the
             // affair of whoever updates the row.
@@ -228,17 +252,19 @@ fn touch(fcinfo: FunctionCallInfo) -> Reply {
     })
 }
 
-/// The context of the row, unless the statement changes it or it is NULL: the envelope is then
-/// bound to what the row was, and is left to whoever has changed that.
+/// The context of the row, unless the statement changes it, or it is NULL or cannot be had: the
+/// envelope is then bound to what the row was, and is left to whoever has changed that.
 fn unchanged_context(trigger: &TriggerCall, expression: &Expression) -> Result<Option<Vec<u8>>> {
-    let _act_as = ActAs::restricted(trigger.table_owner());
-    let context = expression.evaluate(trigger.new_row())?;
-    if let Some(old) = trigger.old_row()
-        && expression.evaluate(old)? != context
-    {
-        return Ok(None);
-    }
-    Ok(context)
+    let contexts = as_owner(trigger, || {
+        let context = expression.evaluate(trigger.new_row())?;
+        let old = trigger.old_row().map(|row| expression.evaluate(row));
+        Ok((old.transpose()?, context))
+    })?;
+    Ok(match contexts {
+        Some((Some(old), new)) if old != new => None,
+        Some((_, new)) => new,
+        None => None,
+    })
 }
 
 /// An UPDATE that leaves the column alone may keep a closed envelope where it is.

@@ -188,6 +188,36 @@ fn a_context_function_runs_as_the_owner_and_not_as_whoever_updates() {
 }
 
 #[test]
+fn a_context_that_fails_fails_no_update() {
+    let (_, mut admin) = database("failing");
+    admin.run(
+        "CREATE FUNCTION picky(i int) RETURNS text IMMUTABLE LANGUAGE plpgsql AS $$
+             BEGIN
+                 IF i = 1 THEN RAISE 'not this one'; END IF;
+                 RETURN rekey.context('t.c', i::text);
+             END $$;
+         SELECT rekey.unregister_column('t', 'c');
+         SELECT rekey.register_column('t', 'c', 'public.picky(id)');
+         SELECT rekey.enable_touch('t')",
+    );
+    let stale = "SELECT id::text FROM t WHERE rekey.is_stale(c) ORDER BY id";
+    admin.run("UPDATE t SET note = 'x'");
+    assert_eq!(admin.column(stale), ["1"]);
+    admin.run("SELECT rotate_key('pii'); DROP FUNCTION picky");
+    admin.run("UPDATE t SET note = 'y'");
+    assert_eq!(admin.column(stale), ["1", "2"], "row 3 is not bound");
+    assert_eq!(admin.column(VALUES), all_values());
+    assert_eq!(admin.number("SELECT count(*) FROM t WHERE note = 'y'"), 3);
+    // The statement's own limits still hold in the owner's code.
+    admin.run(
+        "CREATE FUNCTION picky(i int) RETURNS text IMMUTABLE LANGUAGE plpgsql AS
+             $$BEGIN LOOP i := i; END LOOP; END$$;
+         SET statement_timeout = '200ms'",
+    );
+    admin.fail("UPDATE t SET note = 'z'", "57014");
+}
+
+#[test]
 fn is_stale_and_is_closed_judge_the_header() {
     let (_, mut admin) = database("judged");
     let old = admin.number("SELECT rekey.slot_id(c) FROM t WHERE id = 1");

@@ -232,8 +232,8 @@ DECLARE
     step record;
     rows_done bigint := 0;
     first boolean := true;
-    said text := '';
-    said_at timestamptz := pg_catalog.clock_timestamp();
+    said pg_catalog.text := '';
+    said_at pg_catalog.timestamptz := pg_catalog.clock_timestamp();
 BEGIN
     LOOP
         SELECT s.message, s.rewritten, s.finished INTO step

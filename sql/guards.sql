@@ -25,6 +25,9 @@ CREATE TRIGGER refuse_direct_change BEFORE UPDATE OR DELETE OR TRUNCATE ON rekey
     FOR EACH STATEMENT EXECUTE FUNCTION rekey.refuse_direct_change();
 CREATE TRIGGER refuse_direct_change BEFORE UPDATE OR DELETE OR TRUNCATE ON rekey.audit_log
     FOR EACH STATEMENT EXECUTE FUNCTION rekey.refuse_direct_change();
+CREATE TRIGGER refuse_direct_change BEFORE UPDATE OR DELETE OR TRUNCATE ON rekey.registered_column
+    FOR EACH STATEMENT EXECUTE FUNCTION rekey.refuse_direct_change();
+COMMENT ON TRIGGER refuse_direct_change ON rekey.registered_column IS 'A column that is forgotten is a column that no proof looks at';
 COMMENT ON TRIGGER refuse_direct_change ON rekey.key IS 'Changes go through the functions of rekey';
 COMMENT ON TRIGGER refuse_direct_change ON rekey.key_slot IS 'Changes go through the functions of rekey';
 COMMENT ON TRIGGER refuse_direct_change ON rekey.slot_wrap IS 'Changes go through the functions of rekey';

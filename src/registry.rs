@@ -187,7 +187,12 @@ pub fn column_refusal(table: Oid, attnum: i16) -> Result<Option<String>> {
                 OR confrelid = $1 AND $2 = ANY (confkey)) LIMIT 1), \
            (SELECT 'has the column in unique index ' || indexrelid::regclass::text \
               FROM pg_catalog.pg_index \
-             WHERE indrelid = $1 AND indisunique AND $2 = ANY (indkey::smallint[]) LIMIT 1), \
+             WHERE indrelid = $1 AND (indisunique OR indisexclusion) \
+               AND ($2 = ANY ((indkey::smallint[])[0:indnkeyatts - 1]) \
+                 OR indexprs IS NOT NULL AND EXISTS (SELECT FROM pg_catalog.pg_depend \
+                     WHERE classid = 'pg_catalog.pg_class'::regclass AND objid = indexrelid \
+                       AND refclassid = 'pg_catalog.pg_class'::regclass \
+                       AND refobjid = $1 AND refobjsubid = $2)) LIMIT 1), \
            (SELECT 'has the column in the partition key of ' || partrelid::regclass::text \
               FROM pg_catalog.pg_partitioned_table p \
               JOIN pg_catalog.pg_attribute a ON a.attrelid = partrelid \

@@ -36,13 +36,36 @@ pub fn kind(relation: Oid) -> u8 {
     unsafe { pg_sys::get_rel_relkind(relation) }.to_ne_bytes()[0]
 }
 
+/// A row of pg_attribute, read while it is in the cache; None when there is none.
+fn attribute<R>(
+    relation: Oid,
+    attnum: i16,
+    read: impl FnOnce(&pg_sys::HeapTupleHeaderData, &pg_sys::FormData_pg_attribute) -> R,
+) -> Option<R> {
+    // SAFETY: the cached tuple keeps the header of the stored one; GETSTRUCT is the fixed part of
+    // its row. Both are released once `read`, which must not raise, is done.
+    unsafe {
+        let cache = pg_sys::SysCacheIdentifier::ATTNUM as i32;
+        let (relation, attnum) = (pg_sys::Datum::from(relation), pg_sys::Datum::from(attnum));
+        let tuple = pg_sys::SearchSysCache2(cache, relation, attnum);
+        if tuple.is_null() {
+            return None;
+        }
+        let row = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_attribute>();
+        let result = read(&*(*tuple).t_data, &*row);
+        pg_sys::ReleaseSysCache(tuple);
+        Some(result)
+    }
+}
+
 /// The name of a live column.
 pub fn column_name(relation: Oid, attnum: i16) -> Option<String> {
-    // SAFETY: with missing_ok the function returns NULL; a dropped column is missing.
-    unsafe {
-        let name = pg_sys::get_attname(relation, attnum, true);
-        (!name.is_null()).then(|| super::text::c_string(name))
-    }
+    let name = attribute(relation, attnum, |_, row| {
+        (!row.attisdropped).then_some(row.attname)
+    });
+    // SAFETY: a copy of a name, which has a NUL.
+    name.flatten()
+        .map(|name| unsafe { super::text::c_string(name.data.as_ptr()) })
 }
 
 /// The number of the live user column of that name.
@@ -59,18 +82,10 @@ pub fn column_number(relation: Oid, name: &str) -> Option<i16> {
 /// pg_attribute's row of the system column tableoid is written by CREATE TABLE. Nothing rewrites it
 /// but a GRANT on that very column, and freezing keeps its xmin.
 pub fn born(table: Oid) -> Option<u32> {
-    // SAFETY: the cached tuple keeps the header of the stored one; it is released once read.
-    unsafe {
-        let cache = pg_sys::SysCacheIdentifier::ATTNUM as i32;
-        let attnum = pg_sys::Datum::from(TABLE_OID_ATTRIBUTE);
-        let tuple = pg_sys::SearchSysCache2(cache, pg_sys::Datum::from(table), attnum);
-        if tuple.is_null() {
-            return None;
-        }
-        let xmin = (*(*tuple).t_data).t_choice.t_heap.t_xmin;
-        pg_sys::ReleaseSysCache(tuple);
-        Some(xmin.into_inner())
-    }
+    // SAFETY: t_heap is the variant of every stored tuple.
+    attribute(table, TABLE_OID_ATTRIBUTE, |header, _| unsafe {
+        header.t_choice.t_heap.t_xmin.into_inner()
+    })
 }
 
 /// The number by which this server knows itself; its standbys and backups share it.
@@ -81,19 +96,7 @@ pub fn system_identifier() -> u64 {
 
 /// Whether PostgreSQL computes a column.
 pub fn is_generated(relation: Oid, attnum: i16) -> bool {
-    // SAFETY: the tuple is released once read; GETSTRUCT is its pg_attribute row.
-    unsafe {
-        let cache = pg_sys::SysCacheIdentifier::ATTNUM as i32;
-        let (relation, attnum) = (pg_sys::Datum::from(relation), pg_sys::Datum::from(attnum));
-        let tuple = pg_sys::SearchSysCache2(cache, relation, attnum);
-        if tuple.is_null() {
-            return false;
-        }
-        let row = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_attribute>();
-        let generated = (*row).attgenerated != 0;
-        pg_sys::ReleaseSysCache(tuple);
-        generated
-    }
+    attribute(relation, attnum, |_, row| row.attgenerated != 0).unwrap_or(false)
 }
 
 /// Whether a column is bytea, or a domain over it.

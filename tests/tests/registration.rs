@@ -144,7 +144,8 @@ fn a_context_must_be_one_immutable_expression_over_the_row() {
     let mut client = database.connect();
     client.run(
         "CREATE TABLE secret (s text); INSERT INTO secret VALUES ('x');
-         CREATE FUNCTION stable_one(int) RETURNS text STABLE LANGUAGE sql AS 'SELECT ''x'''",
+         CREATE FUNCTION stable_one(int) RETURNS text STABLE LANGUAGE plpgsql AS
+             'BEGIN RETURN ''x''; END'",
     );
     for context in [
         "'x' || at",

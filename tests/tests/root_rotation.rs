@@ -282,6 +282,47 @@ fn rotations_of_several_databases_at_once_share_one_new_key() {
 }
 
 #[test]
+fn a_rotation_waits_for_another_one_that_writes_the_file() {
+    let cluster = start();
+    let mut client = with_rows(&cluster);
+    let mut admin = cluster.connect("app");
+    // What a rotation in another database does: lock, exchange, unlock.
+    let file = fs::File::options()
+        .write(true)
+        .open(cluster.root_key_file());
+    let file = file.expect("the keyring");
+    file.lock().expect("its lock");
+    let other = start();
+    let new = other.database("other").connect().text(ACTIVE);
+    let pid = client.number("SELECT pg_backend_pid()");
+    std::thread::scope(|scope| {
+        let rotation = scope.spawn(|| client.text(ROTATE));
+        let waits = format!("SELECT wait_event_type FROM pg_stat_activity WHERE pid = {pid}");
+        wait_until("the rotation waits, or has gone past", || {
+            rotation.is_finished() || admin.cell(&waits).as_deref() == Some("Extension")
+        });
+        assert!(!rotation.is_finished(), "nobody waited for the lock");
+        let added = keyring(&other);
+        let both = format!(
+            "{},{}",
+            keyring(&cluster).trim_end().trim_end_matches("]}"),
+            &added[added.find('[').expect("a list") + 1..]
+        );
+        let draft = cluster.dir().join("exchange");
+        cluster.write_file(&draft, both.as_bytes(), 0o600);
+        fs::rename(&draft, cluster.root_key_file()).expect("the exchange");
+        drop(file);
+        assert_eq!(
+            rotation.join().expect("the rotation"),
+            new,
+            "the other one's key"
+        );
+    });
+    assert_eq!(ids(&keyring(&cluster)).len(), 2);
+    opens(&mut admin);
+}
+
+#[test]
 fn a_crash_between_file_and_commit_loses_nothing_and_the_rerun_takes_the_key_up() {
     let cluster = start();
     let mut client = with_rows(&cluster);

@@ -273,6 +273,28 @@ fn a_root_key_that_it_does_not_have_is_not_asked_for_every_query() {
 }
 
 #[test]
+fn watching_the_root_keys_asks_nobody() {
+    let served = Served::start(Options::unloaded());
+    let mut client = served.connect();
+    client.run(
+        "BEGIN; SET LOCAL session_replication_role = replica;
+         INSERT INTO rekey.root_key SELECT '\\x00112233445566778899aabbccddeeff', root_check,
+             'previous' FROM rekey.root_key; COMMIT",
+    );
+    let held = "SELECT held_here FROM rekey.root_keys ORDER BY state";
+    assert_eq!(client.column(held), ["t", "f"]);
+    let before = served.asked();
+    // Longer than a session remembers what the command did not have.
+    let begin = Instant::now();
+    wait_until("seven seconds have passed", || {
+        assert_eq!(client.column(held), ["t", "f"]);
+        client.run("SELECT rotate_key('pii')");
+        begin.elapsed() > Duration::from_secs(7)
+    });
+    assert_eq!(served.asked(), before);
+}
+
+#[test]
 fn a_failing_provider_takes_nothing_from_a_session_that_holds_the_keys() {
     let served = Served::start(Options::unloaded());
     let mut warm = served.connect();

@@ -110,6 +110,17 @@ fn a_row_whose_context_changes_is_left_to_whoever_changes_it() {
         admin.text("SELECT decrypt_col(c, rekey.context('t.c', '1')) FROM t WHERE id = 10"),
         "value 1"
     );
+    // Even where the new context would open it: what the statement makes of the row is its affair.
+    admin.run(
+        "SELECT rekey.rollback_rotation('pii');
+         CREATE TABLE kept AS SELECT encrypt_col('kept', 'pii', rekey.context('t.c', '1')) AS c;
+         SELECT rotate_key('pii');
+         UPDATE t SET id = 1, c = (SELECT c FROM kept) WHERE id = 10",
+    );
+    assert_eq!(
+        admin.text("SELECT c::text FROM t WHERE id = 1"),
+        admin.text("SELECT c::text FROM kept")
+    );
     // Not bound to a context: it cannot come loose from one.
     admin.run("UPDATE t SET id = 30 WHERE id = 3");
     assert!(!admin.truth("SELECT rekey.is_stale(c) FROM t WHERE id = 30"));
@@ -322,6 +333,28 @@ fn the_trigger_follows_the_registered_columns_and_their_names() {
     assert_eq!(admin.text(trigger), "A true", "as it was made");
     admin.run("SELECT rekey.unregister_column('t', $$D \"quoted\" ü$$)");
     assert_eq!(admin.cell(trigger), None, "nothing is left to touch");
+}
+
+#[test]
+fn names_are_passed_on_in_the_encoding_of_the_database() {
+    let options = "ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'";
+    let database = cluster().empty_database("latin", options);
+    database.install();
+    let mut admin = database.connect();
+    admin.run(
+        "SELECT rekey.create_key('pii');
+         CREATE TABLE \"tâble\" (\"é\" bytea, note text);
+         INSERT INTO \"tâble\" VALUES (encrypt_col('v', 'pii', 'è'), 'è');
+         SELECT rekey.register_column('\"tâble\"', 'é', 'note');
+         SELECT rekey.enable_touch('\"tâble\"');
+         SELECT rotate_key('pii');
+         UPDATE \"tâble\" SET note = note",
+    );
+    assert_eq!(
+        admin.text("SELECT rekey.is_stale(\"é\") || decrypt_col(\"é\", 'è') FROM \"tâble\""),
+        "falsev"
+    );
+    assert_eq!(admin.column("SELECT column_name FROM rekey.columns"), ["é"]);
 }
 
 #[test]

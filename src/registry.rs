@@ -172,8 +172,12 @@ pub fn leaf(table: Oid) -> Result<Option<Leaf>> {
 
 /// Why a table cannot be re-encrypted safely, if so: asked at registration and again before each
 /// batch, since its owner may have changed it. `relation` is open.
-pub fn refusal(relation: pg_sys::Relation, fire_triggers: bool) -> Option<(&'static str, String)> {
-    relation::refusal(relation, fire_triggers)
+pub fn refusal(
+    relation: pg_sys::Relation,
+    columns: &[i16],
+    fire_triggers: bool,
+) -> Option<(&'static str, String)> {
+    relation::refusal(relation, columns, fire_triggers)
 }
 
 /// Why a column cannot change its bytes freely, if so.

@@ -137,7 +137,7 @@ fn check(oid: Oid, column: &str, context: &str, fire_triggers: bool) -> Result<i
             "Keep what must be unique, referenced or routed by in a column of its own.",
         ));
     }
-    if let Some((why, which)) = registry::refusal(locked.0, fire_triggers) {
+    if let Some((why, which)) = registry::refusal(locked.0, &[attnum], fire_triggers) {
         return Err(object(
             Code::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             format!("{name} {why}"),

@@ -190,7 +190,11 @@ impl Plan {
         let Some(leaf) = registry::leaf(trigger.table())? else {
             return Ok(plan);
         };
-        plan.columns = leaf.columns.iter().map(|column| column.attnum).collect();
+        let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
+        if relation::key_refusal(trigger.relation(), &columns).is_some() {
+            return Ok(plan);
+        }
+        plan.columns = columns;
         for column in &leaf.columns {
             plan.contexts.push(match column.context.as_str() {
                 "" => Context::Unbound,

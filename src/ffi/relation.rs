@@ -240,10 +240,50 @@ fn namespace(oid: Oid) -> Option<String> {
     }
 }
 
-/// Why rows of an open table cannot be updated in its owner's place, if so: reason and name.
-/// Reads the relation cache only.
-pub fn refusal(relation: pg_sys::Relation, fire_triggers: bool) -> Option<(&'static str, String)> {
-    trigger_refusal(relation, fire_triggers).or_else(|| rule_refusal(relation, fire_triggers))
+/// Why these columns of an open table cannot be updated in its owner's place, if so: reason and
+/// name. Reads the relation cache only.
+pub fn refusal(
+    relation: pg_sys::Relation,
+    columns: &[i16],
+    fire_triggers: bool,
+) -> Option<(&'static str, String)> {
+    trigger_refusal(relation, fire_triggers)
+        .or_else(|| rule_refusal(relation, fire_triggers))
+        .or_else(|| key_refusal(relation, columns))
+}
+
+/// A foreign key over a column, on either side, would be broken in silence: as a replica its
+/// triggers do not fire. The side that is referred to has a unique index on the column.
+pub fn key_refusal(relation: pg_sys::Relation, columns: &[i16]) -> Option<(&'static str, String)> {
+    let name = |column: i16| {
+        // SAFETY: the relation is open.
+        let table = unsafe { (*relation).rd_id };
+        column_name(table, column).unwrap_or_default()
+    };
+    let shifted = |column: i16| i32::from(column) - pg_sys::FirstLowInvalidHeapAttributeNumber;
+    // SAFETY: the relation is open; the list is the cache's own and holds ForeignKeyCacheInfo, the
+    // set is a copy.
+    unsafe {
+        let kind = pg_sys::IndexAttrBitmapKind::INDEX_ATTR_BITMAP_KEY;
+        let keyed = pg_sys::RelationGetIndexAttrBitmap(relation, kind);
+        let found = columns
+            .iter()
+            .find(|column| pg_sys::bms_is_member(shifted(**column), keyed));
+        pg_sys::bms_free(keyed);
+        if let Some(column) = found {
+            return Some(("has a unique index on a column of envelopes", name(*column)));
+        }
+        let keys = pg_sys::RelationGetFKeyList(relation);
+        let keys = pgrx::PgList::<pg_sys::ForeignKeyCacheInfo>::from_pg(keys);
+        for key in keys.iter_ptr() {
+            let count = usize::try_from((*key).nkeys).unwrap_or(0);
+            let of_key = (*key).conkey;
+            if let Some(column) = of_key.iter().take(count).find(|c| columns.contains(c)) {
+                return Some(("has a foreign key on a column of envelopes", name(*column)));
+            }
+        }
+        None
+    }
 }
 
 fn fires(enabled: c_char, fire_triggers: bool) -> bool {

@@ -222,7 +222,9 @@ impl Drainer {
         if !table.is_heap() {
             return Err(Unable::Refused("it is no heap table".to_string()));
         }
-        if let Some((why, name)) = registry::refusal(table.relation(), leaf.fire_triggers) {
+        let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
+        let refusal = registry::refusal(table.relation(), &columns, leaf.fire_triggers);
+        if let Some((why, name)) = refusal {
             return Err(Unable::Refused(format!("it {why}: {name}")));
         }
         cache::enter_barrier()?;

@@ -276,6 +276,33 @@ fn a_trigger_that_any_other_could_defer_is_refused_and_postgresqls_own_are_not()
 }
 
 #[test]
+fn a_foreign_key_that_comes_later_stops_the_batch_on_either_side() {
+    let (_, mut client) = database("references");
+    client.run(
+        "CREATE TABLE parent (c bytea); CREATE TABLE child (c bytea);
+         INSERT INTO parent SELECT encrypt_col('x', 'pii'); INSERT INTO child SELECT c FROM parent;
+         SELECT rekey.register_column('parent', 'c'); SELECT rekey.register_column('child', 'c')",
+    );
+    client.run(
+        "ALTER TABLE parent ADD UNIQUE (c);
+         ALTER TABLE child ADD CONSTRAINT same FOREIGN KEY (c) REFERENCES parent (c);
+         SELECT rotate_key('pii')",
+    );
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(
+        client.number("SELECT count(*) FROM parent JOIN child USING (c) WHERE rekey.is_stale(c)"),
+        1,
+        "as a replica the foreign key would not have been asked"
+    );
+    client.run("ALTER TABLE parent DROP CONSTRAINT parent_c_key CASCADE");
+    client.run("CALL rekey.reencrypt()");
+    let stale =
+        "SELECT count(*) FROM (TABLE parent UNION ALL TABLE child) x WHERE rekey.is_stale(c)";
+    assert_eq!(client.number(stale), 0);
+    assert_eq!(slots_in(&mut client, "drained"), 1);
+}
+
+#[test]
 fn an_expression_of_a_unique_index_counts_and_an_included_column_does_not() {
     let (_, mut client) = database("indexes");
     client.run(

@@ -320,6 +320,8 @@ fn the_trigger_follows_the_registered_columns_and_their_names() {
     admin.run("UPDATE t SET note = 'x'");
     let stale = "SELECT count(*) FROM t WHERE rekey.is_stale(\"D \"\"quoted\"\" ü\")";
     assert_eq!(admin.number(stale), 0);
+    // PostgreSQL's own: the trigger depends on its columns.
+    admin.fail("ALTER TABLE t DROP d", "2BP01");
     admin.run("SELECT rekey.unregister_column('t', 'd')");
     admin.run("SELECT rotate_key('pii'); UPDATE t SET note = 'y'");
     assert_eq!(admin.number(stale), 0);
@@ -333,6 +335,19 @@ fn the_trigger_follows_the_registered_columns_and_their_names() {
     assert_eq!(admin.text(trigger), "A true", "as it was made");
     admin.run("SELECT rekey.unregister_column('t', $$D \"quoted\" ü$$)");
     assert_eq!(admin.cell(trigger), None, "nothing is left to touch");
+}
+
+#[test]
+fn a_key_that_comes_later_is_not_broken() {
+    let (_, mut admin) = database("keyed");
+    admin.run(
+        "SELECT rekey.enable_touch('t');
+         ALTER TABLE t ADD UNIQUE (c);
+         CREATE TABLE child AS SELECT c FROM t WHERE id = 1;
+         ALTER TABLE child ADD FOREIGN KEY (c) REFERENCES t (c)",
+    );
+    admin.run("UPDATE t SET note = 'x'");
+    assert_eq!(admin.number(STALE), 3);
 }
 
 #[test]

@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 
 .PHONY: help demo bench test test-all lint test-core test-pg test-regress test-cluster test-readme fuzz \
-	build setup install clean
+	build setup install package package-check clean
 
 help: ## list the targets (this text)
 	@echo "pg_rekey: envelope-key rotation for PostgreSQL columns"
@@ -32,6 +32,12 @@ bench: setup ## compare speed with pgcrypto and sha256, against the targets
 
 install: setup ## install into the PostgreSQL of PG_CONFIG (default: pg_config of the PATH)
 	@scripts/install.sh "$(PG_CONFIG)"
+
+package: setup ## Debian packages of a release build, into target/package/
+	@scripts/package.sh
+
+package-check: ## install the package on a clean Debian (debootstrap, root) and use it
+	@scripts/package-check.sh
 
 lint: ## formatting, clippy and shellcheck
 	@scripts/test.sh fmt clippy shell

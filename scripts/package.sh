@@ -32,11 +32,11 @@ date_of_commit=$(date -u -R -d "@$SOURCE_DATE_EPOCH")
 
 majors() {
     local major
-    for major in $(sed -n 's/^pg\([0-9]*\) = .*/\1/p' Cargo.toml); do
+    while read -r major; do
         if dpkg-query -S "/usr/lib/postgresql/$major/bin/postgres" >/dev/null 2>&1; then
             echo "$major"
         fi
-    done
+    done < <(sed -n 's/^pg\([0-9]*\) = .*/\1/p' Cargo.toml)
 }
 
 # A panic's text names source files: cargo's folder and ours by fixed names. The variable adds to
@@ -80,12 +80,16 @@ $1 ($version) unstable; urgency=medium
 END
 }
 
-copyright() {
+copyright() { # MAJOR
     cat <<END
 Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
 Upstream-Name: pg_rekey
-Comment: The library contains the crates that Cargo.lock names, each under the MIT License, the
- Apache License 2.0 or both, or a licence that asks for no more.
+Comment: The library is built from these crates, each with the licence that it declares:
+END
+    cargo tree --locked -p pg_rekey -e normal --no-default-features --features "pg$1" \
+        --prefix none --format ' {p}: {l}' |
+        sed -e 's/ (\/[^)]*)//' -e 's/ (proc-macro)//' -e 's/ (\*)$//' | LC_ALL=C sort -u
+    cat <<END
 
 Files: *
 Copyright: 2026 the pg_rekey authors
@@ -115,7 +119,7 @@ package() { # MAJOR
     for file in README.md CHANGELOG.md SECURITY.md docs/*.md; do
         install -D -m 0644 "$file" "$doc/$file"
     done
-    copyright >"$doc/copyright"
+    copyright "$major" >"$doc/copyright"
     changelog "$name" | gzip -9n >"$doc/changelog.Debian.gz"
     ! grep -qF -e "$REKEY_ROOT" -e "$HOME/" "$library" ||
         die "the library names folders of this machine"

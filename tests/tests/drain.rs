@@ -542,10 +542,10 @@ fn compromised_slots_are_drained_first_and_a_proof_of_them_is_void() {
     assert_eq!(states(&mut client), ["previous", "active"]);
     reencrypt(&mut client);
     assert_eq!(states(&mut client), ["drained", "active"]);
-    client.run(&format!(
+    client.run(
         "SELECT rekey.mark_compromised(active_slot, 'also') FROM rekey.keys; \
-         SELECT rekey.create_key('b'); SELECT rotate_key('b')"
-    ));
+         SELECT rekey.create_key('b'); SELECT rotate_key('b')",
+    );
     reencrypt(&mut client);
     assert_eq!(
         client.number("SELECT count(*) FROM rekey.slots WHERE state = 'drained'"),

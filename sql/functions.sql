@@ -335,3 +335,8 @@ CREATE FUNCTION rekey.table_visible(table_name regclass) RETURNS boolean
     LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'table_visible_wrapper';
 COMMENT ON FUNCTION rekey.table_visible(regclass) IS
     'Whether the views show a table''s re-encryption to the current user: its owner and pg_monitor';
+
+CREATE FUNCTION rekey.evidence(key_name text DEFAULT '', since timestamptz DEFAULT NULL) RETURNS jsonb
+    LANGUAGE c STABLE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'evidence_wrapper';
+COMMENT ON FUNCTION rekey.evidence(text, timestamptz) IS
+    'What an auditor asks: inventory, cryptoperiods and whether they were kept, slots with dates and proofs, grants, root ids, acts; an empty key_name is all keys';

@@ -41,7 +41,7 @@ BEGIN
                                  'refuse_direct_change', 'announce_change', 'guard_drop',
                                  'forget_dropped', 'follow_renames', 'stamp_registration',
                                  'pause', 'resume', 'find_envelopes',
-                                 'envelope_places')
+                                 'envelope_places', 'evidence')
     LOOP
         EXECUTE format('GRANT EXECUTE ON ROUTINE %s TO PUBLIC', given.object);
     END LOOP;

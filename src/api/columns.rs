@@ -1,5 +1,5 @@
 //! Registered columns and their re-encryption: register_column, unregister_column, reencrypt's
-//! steps, pause and resume, the quarantine, find_envelopes.
+//! steps, pause and resume, the quarantine, find_envelopes, evidence.
 
 use std::cell::RefCell;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use pgrx::prelude::*;
 
 use super::touch;
 use crate::catalog::write::{self, Audit};
-use crate::catalog::{read, work};
+use crate::catalog::{evidence, read, work};
 use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
 use crate::ffi::expression::Expression;
@@ -465,5 +465,17 @@ fn table_visible(fcinfo: FunctionCallInfo) -> Reply {
         let visible = super::grants::monitors(user)
             || relation::exists(oid) && relation::is_owned_by(oid, user);
         Ok(Reply::bool(visible))
+    })
+}
+
+#[pg_extern(sql = false)]
+fn evidence(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let key = call.required_text(0, "key_name")?;
+        if !key.is_empty() && read::key(&text::to_server(key.as_bytes())?)?.is_none() {
+            return Err(Error::unknown_key(key));
+        }
+        let document = evidence::document(&key, call.datum(1))?;
+        crate::ffi::types::jsonb_datum(&document).map(Reply::datum)
     })
 }

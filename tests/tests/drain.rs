@@ -609,3 +609,48 @@ fn a_paused_table_rests_until_it_is_resumed() {
     assert_eq!(client.number(STALE), 0);
     client.refuse("SELECT rekey.resume('t')", "55000");
 }
+
+#[test]
+fn the_evidence_of_a_key_tells_its_slots_proofs_and_acts() {
+    let database = database("evidence");
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.set_policy('pii', max_age => '1 year', custodian => 'security team');
+         SELECT rotate_key('pii', 'yearly')",
+    );
+    reencrypt(&mut client);
+    client.run("CREATE TEMP TABLE e AS SELECT rekey.evidence('pii') AS e");
+    let key = |path: &str| format!("SELECT e #>> '{{keys,0,{path}}}' FROM e");
+    assert_eq!(client.text(&key("custodian")), "security team");
+    assert_eq!(client.text(&key("cryptoperiod_kept")), "true");
+    assert_eq!(client.text(&key("slots,0,state")), "drained");
+    assert_eq!(client.text(&key("slots,0,proof,tables,0,rows")), "10");
+    assert_eq!(client.text(&key("slots,1,reason")), "yearly");
+    assert_eq!(
+        client
+            .column("SELECT a->>'action' FROM e, jsonb_array_elements(e #> '{keys,0,acts}') AS a"),
+        [
+            "create_key",
+            "set_policy",
+            "rotate_key",
+            "rotate_key",
+            "drain"
+        ]
+    );
+    assert_eq!(
+        client.text("SELECT e #>> '{registered_columns,0,table}' FROM e"),
+        "t"
+    );
+    assert_eq!(
+        client.number(
+            "SELECT jsonb_array_length(rekey.evidence('pii', now() + interval '1 day') \
+                #> '{keys,0,acts}')"
+        ),
+        0
+    );
+    client.refuse("SELECT rekey.evidence('nothing')", "42704");
+    let role = database.role("plain");
+    database
+        .connect_as(&role)
+        .fail("SELECT rekey.evidence('pii')", "42501");
+}

@@ -639,7 +639,7 @@ fn the_evidence_of_a_key_tells_its_slots_proofs_and_acts() {
     );
     assert_eq!(
         client.text("SELECT e #>> '{registered_columns,0,table}' FROM e"),
-        "t"
+        "public.t"
     );
     assert_eq!(
         client.number(

@@ -54,7 +54,17 @@ pub fn connect_to_none() {
 pub fn connect_to(database: pg_sys::Oid) {
     take_signals();
     // SAFETY: once per process.
-    unsafe { pg_sys::BackgroundWorkerInitializeConnectionByOid(database, pg_sys::InvalidOid, 0) }
+    unsafe {
+        pg_sys::BackgroundWorkerInitializeConnectionByOid(database, pg_sys::InvalidOid, 0);
+        // A session that holds a key's row must not hold the worker: the step fails with 55P03 and
+        // is tried again.
+        pg_sys::SetConfigOption(
+            c"lock_timeout".as_ptr(),
+            c"2s".as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_OVERRIDE,
+        );
+    }
 }
 
 /// Sleeps until the time is over, for ever without one, or until roused. Reads the configuration

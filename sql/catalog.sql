@@ -186,7 +186,8 @@ CREATE TABLE rekey.quarantine (
     dismissed_at  timestamptz,
     dismissed_by  text,
     reason        text NOT NULL DEFAULT '',
-    UNIQUE (table_name, row_ref)
+    heads         bytea NOT NULL,
+    UNIQUE (table_name, heads)
 );
 COMMENT ON TABLE rekey.quarantine IS 'Rows that could not be re-encrypted, never their values; not dumped';
 COMMENT ON SEQUENCE rekey.quarantine_quarantine_id_seq IS 'Numbers of the entries';
@@ -201,6 +202,7 @@ COMMENT ON COLUMN rekey.quarantine.next_try IS 'When it is tried again';
 COMMENT ON COLUMN rekey.quarantine.dismissed_at IS 'When somebody decided to do without the row''s value';
 COMMENT ON COLUMN rekey.quarantine.dismissed_by IS 'Who decided';
 COMMENT ON COLUMN rekey.quarantine.reason IS 'Why';
+COMMENT ON COLUMN rekey.quarantine.heads IS 'Headers and nonces of the envelopes concerned: they tell them from every other, wherever the row moves';
 
 CREATE SEQUENCE rekey.audit_id AS bigint;
 COMMENT ON SEQUENCE rekey.audit_id IS 'Numbers of the audit rows';

@@ -120,7 +120,9 @@ SELECT p.table_name,
            ELSE round(100.0 * greatest(p.blocks_total - p.blocks_left, 0) / p.blocks_total, 1)
            END AS percent) AS x
   LEFT JOIN LATERAL (SELECT * FROM rekey.pause z
-                      WHERE z.table_name::oid IN (p.table_name::oid, '0'::oid)
+                      WHERE (z.table_name::oid IN (p.table_name::oid, '0'::oid)
+                             OR z.table_name::oid IN (SELECT a.relid::oid
+                                  FROM pg_catalog.pg_partition_ancestors(p.table_name) AS a))
                         AND z.paused_until > clock_timestamp()
                       ORDER BY z.table_name::oid LIMIT 1) AS z ON true
  WHERE rekey.table_visible(p.table_name);

@@ -10,7 +10,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::rc::Rc;
 
 use pgrx::pg_sys;
-use rekey_core::envelope::{HEADER_LEN, Header, OVERHEAD, SlotId};
+use rekey_core::envelope::{CIPHERTEXT_AT, HEADER_LEN, Header, OVERHEAD, SlotId};
 use rekey_core::keyring::SlotState;
 
 use crate::catalog::read;
@@ -152,6 +152,16 @@ pub fn judge(slot: SlotId) -> Result<Judgement> {
         judged.insert(slot, judgement);
     });
     Ok(judgement)
+}
+
+/// Header and nonce of an envelope: they tell it from every other one.
+pub type Head = [u8; CIPHERTEXT_AT];
+
+/// The head of a datum that is an envelope.
+pub fn head(datum: pg_sys::Datum) -> Option<Head> {
+    header(datum)?;
+    let len = i32::try_from(CIPHERTEXT_AT).ok()?;
+    text::detoasted_prefix(datum, len).try_into().ok()
 }
 
 /// The header of a datum that is long enough to be an envelope, without its body.

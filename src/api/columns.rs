@@ -390,6 +390,7 @@ fn resume(fcinfo: FunctionCallInfo) -> Reply {
                 "rekey.progress shows what is paused.".to_string(),
             ));
         }
+        work::note(table, "", "")?;
         audit("resume", &described(table, "")?)?;
         hooks::wake_on_commit();
         Ok(Reply::void())

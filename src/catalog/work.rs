@@ -3,12 +3,15 @@
 //! Called by src/worker/. A cursor moves in the transaction of its batch: a crash takes back both
 //! or neither.
 
+use std::collections::HashSet;
+
 use pgrx::pg_sys::{Datum, Oid};
-use rekey_core::envelope::SlotId;
+use rekey_core::envelope::{CIPHERTEXT_AT, SlotId};
 
 use crate::error::{Error, Result};
 use crate::ffi::sql::{Arg, bigint, rows, run, text};
 use crate::ffi::table::Tid;
+use crate::stale::Head;
 
 /// A pass over one table.
 pub struct Pass {
@@ -125,7 +128,8 @@ pub fn paused(table: Oid) -> Result<Option<String>> {
     text(
         "SELECT 'paused by ' || paused_by || CASE WHEN reason = '' THEN '' ELSE ': ' || reason END \
            FROM rekey.pause \
-          WHERE (table_name = $1::oid::regclass OR table_name::oid = '0'::oid) \
+          WHERE (table_name::oid IN ($1, '0'::oid) OR table_name::oid IN \
+                 (SELECT relid::oid FROM pg_catalog.pg_partition_ancestors($1::oid::regclass))) \
             AND paused_until > clock_timestamp() ORDER BY table_name::oid LIMIT 1",
         &[Arg::Oid(table)],
     )
@@ -196,31 +200,41 @@ pub struct Failure {
     pub slot: Option<SlotId>,
     /// Why.
     pub sqlstate: String,
+    /// The heads of its envelopes that are concerned.
+    pub heads: Vec<Head>,
 }
 
 /// At most so many rows of one table are listed; those beyond block the proof all the same.
 const LISTED: i64 = 1000;
 
-/// Lists a failed row, or counts one more try of it.
+/// Lists a failed row, or counts one more try of it. The row is known by the heads of its
+/// envelopes, which no other value has: a dismissal never excuses another row that has come to lie
+/// in its place, and follows its own wherever it moves.
 pub fn quarantine(table: Oid, failure: &Failure) -> Result<()> {
+    if failure.heads.is_empty() {
+        return Ok(()); // the row has changed meanwhile
+    }
     run(
-        "INSERT INTO rekey.quarantine AS q (table_name, row_ref, slot_id, sqlstate, next_try) \
+        "INSERT INTO rekey.quarantine AS q \
+             (table_name, row_ref, slot_id, sqlstate, next_try, heads) \
          SELECT $1::oid::regclass, $2::text::tid, NULLIF($3, 0), $4, \
-                clock_timestamp() + interval '1 minute' \
+                clock_timestamp() + interval '1 minute', $6 \
           WHERE (SELECT count(*) FROM rekey.quarantine c \
                   WHERE c.table_name = $1::oid::regclass) < $5 \
              OR EXISTS (SELECT FROM rekey.quarantine c \
-                  WHERE c.table_name = $1::oid::regclass AND c.row_ref = $2::text::tid) \
-         ON CONFLICT (table_name, row_ref) DO UPDATE \
-            SET sqlstate = $4, slot_id = NULLIF($3, 0), tries = q.tries + 1, \
-                next_try = clock_timestamp() \
-                    + least(interval '1 minute' * power(2, q.tries), interval '1 day')",
+                  WHERE c.table_name = $1::oid::regclass AND c.heads = $6) \
+         ON CONFLICT (table_name, heads) DO UPDATE \
+            SET row_ref = $2::text::tid, sqlstate = $4, slot_id = NULLIF($3, 0), \
+                tries = q.tries + 1, \
+                next_try = CASE WHEN q.dismissed_at IS NULL THEN clock_timestamp() \
+                    + least(interval '1 minute' * power(2, q.tries), interval '1 day') END",
         &[
             Arg::Oid(table),
             Arg::Text(&failure.tid.to_string()),
             Arg::Bigint(failure.slot.map_or(0, SlotId::as_i64)),
             Arg::Text(&failure.sqlstate),
             Arg::Bigint(LISTED),
+            Arg::Bytea(&failure.heads.concat()),
         ],
     )
     .map(|_| ())
@@ -252,20 +266,28 @@ pub fn resolve(table: Oid, tid: Tid) -> Result<()> {
     .map(|_| ())
 }
 
-/// The table has a new file: the places of its rows say nothing any more.
+/// The table has a new file: the places of its rows say nothing any more. What was dismissed stays.
 pub fn forget_places(table: Oid) -> Result<()> {
-    let sql = "DELETE FROM rekey.quarantine WHERE table_name = $1::oid::regclass";
+    let sql = "DELETE FROM rekey.quarantine \
+                WHERE table_name = $1::oid::regclass AND dismissed_at IS NULL";
     run(sql, &[Arg::Oid(table)]).map(|_| ())
 }
 
-/// Rows of a table whose value somebody has decided to do without.
-pub fn dismissed(table: Oid) -> Result<Vec<Tid>> {
+/// The envelopes of a table that somebody has decided to do without.
+pub fn dismissed(table: Oid) -> Result<HashSet<Head>> {
     let found = rows(
-        "SELECT row_ref::text FROM rekey.quarantine \
+        "SELECT encode(substr(heads, 1 + 34 * i, 34), 'hex') FROM rekey.quarantine, \
+                generate_series(0, octet_length(heads) / 34 - 1) AS i \
           WHERE table_name = $1::oid::regclass AND dismissed_at IS NOT NULL",
         &[Arg::Oid(table)],
     )?;
-    Ok(tids(&found))
+    let head = |row: &Vec<Option<String>>| {
+        let hex = row[0].as_deref()?;
+        let byte = |at: usize| u8::from_str_radix(hex.get(at * 2..at * 2 + 2)?, 16).ok();
+        let bytes: Vec<u8> = (0..CIPHERTEXT_AT).map_while(byte).collect();
+        Head::try_from(bytes).ok()
+    };
+    Ok(found.iter().filter_map(head).collect())
 }
 
 /// Whether a table has rows under quarantine that nobody has dismissed.

@@ -133,6 +133,11 @@ pub struct Row<'a> {
 impl Row<'_> {
     /// The datum of column `attribute` (from 1); None for NULL.
     pub fn datum(&self, attribute: i16) -> Option<pg_sys::Datum> {
+        // A catalog that is older than the library has fewer columns.
+        // SAFETY: an open relation's descriptor.
+        if i32::from(attribute) > unsafe { (*self.desc).natts } {
+            return None;
+        }
         let mut null = false;
         // SAFETY: tuple and descriptor belong together while the scan is on this row.
         let datum =

@@ -282,8 +282,8 @@ impl Drop for Snapshot {
 /// What became of one row.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Updated {
-    /// It has a new version.
-    Done,
+    /// It has a new version, at this place.
+    Done(Tid),
     /// Somebody else has it locked.
     Locked,
     /// Somebody else has changed or deleted it meanwhile: this version is history.
@@ -450,7 +450,7 @@ impl<'a> Updater<'a> {
             if (*self.new).tts_tid.ip_posid == 0 {
                 Updated::Suppressed
             } else {
-                Updated::Done
+                Updated::Done(Tid::of(&(*self.new).tts_tid))
             }
         }
     }

@@ -136,6 +136,13 @@ impl Drainer {
                 Ok(Some(worked)) => return Ok(Step::Worked(worked)),
                 Ok(None) => {}
                 Err(Unable::Error(error)) => return Err(error),
+                Err(Unable::Paused(why)) => {
+                    // resume() wakes the worker; by hand nobody waits for it.
+                    let at = Instant::now() + Duration::from_secs(60);
+                    if soonest.is_none() {
+                        soonest = Some((at, why));
+                    }
+                }
                 Err(Unable::Busy(why)) => {
                     let at = self.rest(leaf.table, &why, true)?;
                     soonest = Some((at, why));
@@ -200,7 +207,7 @@ impl Drainer {
     fn visit(&mut self, leaf: &Leaf, wave: &str) -> std::result::Result<Option<Worked>, Unable> {
         self.current = Some(leaf.table);
         if let Some(why) = work::paused(leaf.table)? {
-            return Err(Unable::Busy(why));
+            return Err(Unable::Paused(why));
         }
         let known = work::pass(leaf.table)?.filter(|pass| pass.wave == wave && pass.left == 0);
         let due = work::due(leaf.table)?;
@@ -487,6 +494,8 @@ fn settle(table: Oid, tried: &[Tid], report: &Report) -> Result<()> {
 }
 
 enum Unable {
+    /// Somebody has paused it.
+    Paused(String),
     /// Somebody else is at it: soon again.
     Busy(String),
     /// It cannot be done as the table is now: later.

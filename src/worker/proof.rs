@@ -112,7 +112,7 @@ fn scan_leaf(
     pace: Pace<'_>,
 ) -> Result<std::result::Result<Record, Verdict>> {
     let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
-    let dismissed: HashSet<Tid> = work::dismissed(leaf.table)?.into_iter().collect();
+    let dismissed = work::dismissed(leaf.table)?;
     let name = table::name(leaf.table)?;
     let mut record: Option<Record> = None;
     let mut next = 0;
@@ -146,14 +146,13 @@ fn scan_leaf(
             |tid, values| {
                 record.rows += 1;
                 let names_one = |value: &Option<pg_sys::Datum>| {
-                    value
-                        .and_then(stale::header)
-                        .is_some_and(|header| wanted.contains_key(&header.slot))
+                    value.is_some_and(|datum| {
+                        stale::header(datum).is_some_and(|h| wanted.contains_key(&h.slot))
+                            && (dismissed.is_empty()
+                                || stale::head(datum).is_none_or(|h| !dismissed.contains(&h)))
+                    })
                 };
-                if values.iter().any(names_one)
-                    && !dismissed.contains(&tid)
-                    && found.len() < REMEMBERED
-                {
+                if values.iter().any(names_one) && found.len() < REMEMBERED {
                     found.push(tid);
                 }
                 true

@@ -6,14 +6,15 @@
 //! I5, only the very version that was read is updated; I14, a bad row holds up no other; I15, no
 //! lock is waited for and the owner's code runs against a clock.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::time::Instant;
 
 use pgrx::{PgSqlErrorCode as Code, pg_sys};
-use rekey_core::envelope::SlotId;
+use rekey_core::envelope::{Header, SlotId};
 
 use crate::cache;
-use crate::catalog::work::Failure;
+use crate::catalog::work::{self, Failure};
 use crate::error::{Error, Result};
 use crate::ffi::expression::Expression;
 use crate::ffi::session::OwnerOf;
@@ -22,7 +23,7 @@ use crate::ffi::table::{Snapshot, Table, Tid, Updated, Updater, columns_of};
 use crate::ffi::text;
 use crate::ffi::timer::Limit;
 use crate::registry::Leaf;
-use crate::stale::{self, Standing};
+use crate::stale::{self, Head, Slots, Standing};
 
 /// Longest time that the owner's code may take for one try, in milliseconds; once it was too long,
 /// for one row.
@@ -60,9 +61,16 @@ pub struct Report {
 pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report> {
     let mut report = Report::default();
     let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
+    let dismissed = work::dismissed(leaf.table)?;
     let places = match source {
         Source::Places(places) => places.to_vec(),
-        Source::Blocks(blocks) => find(table, blocks.clone(), &columns, &mut report.scanned)?,
+        Source::Blocks(blocks) => find(
+            table,
+            blocks.clone(),
+            &columns,
+            &dismissed,
+            &mut report.scanned,
+        )?,
     };
     if places.is_empty() {
         return Ok(report);
@@ -81,6 +89,7 @@ pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report
         table,
         columns,
         contexts,
+        dismissed,
     };
     let begin = Instant::now();
     let mut parts: Vec<&[Tid]> = vec![&places];
@@ -100,6 +109,7 @@ pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report
                     tid: part[0],
                     slot: None,
                     sqlstate: caught.sqlstate(),
+                    heads: heads_at(&job, part[0])?,
                 }),
                 Verdict::Row if caught.0 == Code::ERRCODE_QUERY_CANCELED => {
                     limit_ms = ROW_MS;
@@ -116,23 +126,44 @@ pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report
 }
 
 /// Rows of `blocks` with an envelope that is to be re-encrypted, or that cannot be.
-fn find(table: &Table, blocks: Range<u32>, columns: &[i16], scanned: &mut i64) -> Result<Vec<Tid>> {
+fn find(
+    table: &Table,
+    blocks: Range<u32>,
+    columns: &[i16],
+    dismissed: &HashSet<Head>,
+    scanned: &mut i64,
+) -> Result<Vec<Tid>> {
     let slots = stale::slots()?;
     let snapshot = Snapshot::latest();
     let mut places = Vec::new();
     table.scan(&snapshot, blocks, columns, |tid, values| {
         *scanned += 1;
-        let wanted = |value: &Option<pg_sys::Datum>| {
-            value
-                .and_then(stale::header)
-                .is_some_and(|header| slots.standing(header.slot) != Standing::Current)
-        };
-        if values.iter().any(wanted) {
+        let mut datums = values.iter().flatten();
+        if datums.any(|datum| concerned(&slots, dismissed, *datum).is_some()) {
             places.push(tid);
         }
         true
     });
     Ok(places)
+}
+
+/// The envelopes of one row that a failure of the row as a whole concerns.
+fn heads_at(job: &Job<'_>, place: Tid) -> Result<Vec<Head>> {
+    let slots = stale::slots()?;
+    let snapshot = Snapshot::latest();
+    let mut heads = Vec::new();
+    let block = place.block..place.block + 1;
+    job.table
+        .scan(&snapshot, block, &job.columns, |tid, values| {
+            if tid == place {
+                let concerned =
+                    |datum: &&pg_sys::Datum| concerned(&slots, &job.dismissed, **datum).is_some();
+                let found = values.iter().flatten().filter(concerned);
+                heads.extend(found.filter_map(|datum| stale::head(*datum)));
+            }
+            tid <= place
+        });
+    Ok(heads)
 }
 
 /// What an error of the owner's code means for the batch.
@@ -182,6 +213,7 @@ struct Job<'a> {
     table: &'a Table,
     columns: Vec<i16>,
     contexts: Vec<Option<Expression>>,
+    dismissed: HashSet<Head>,
 }
 
 impl Job<'_> {
@@ -196,21 +228,20 @@ impl Job<'_> {
             let mut attempt = Attempt::default();
             let mut updater = Updater::begin(self.table, &self.columns);
             for &tid in places {
-                let mut bad = Vec::new();
+                let mut bad = Bad::default();
                 let updated = updater.update(tid, |row| self.change(row, &mut bad))?;
+                let mut place = tid;
                 match updated {
-                    Updated::Done => attempt.rewritten += 1,
+                    Updated::Done(new) => {
+                        attempt.rewritten += 1;
+                        place = new;
+                    }
                     Updated::Locked => attempt.locked.push(tid),
                     Updated::Moved => attempt.moved += 1,
                     Updated::Unchanged => {}
-                    Updated::Suppressed => bad.push((None, "09000".to_string())),
+                    Updated::Suppressed => bad.suppressed(),
                 }
-                let failure = |(slot, sqlstate)| Failure {
-                    tid,
-                    slot,
-                    sqlstate,
-                };
-                attempt.failed.extend(bad.into_iter().map(failure));
+                attempt.failed.extend(bad.failure(place));
             }
             updater.finish();
             Ok(attempt)
@@ -229,33 +260,76 @@ impl Job<'_> {
     fn change(
         &self,
         row: *mut pg_sys::TupleTableSlot,
-        bad: &mut Vec<(Option<SlotId>, String)>,
+        bad: &mut Bad,
     ) -> Result<Vec<(i16, pg_sys::Datum)>> {
         let slots = stale::slots()?;
         let mut changes = Vec::new();
         let values = columns_of(row, &self.columns);
         for (at, value) in values.into_iter().enumerate() {
             let Some(datum) = value else { continue };
-            let Some(header) = stale::header(datum) else {
+            let Some(header) = concerned(&slots, &self.dismissed, datum) else {
                 continue;
             };
-            if slots.standing(header.slot) == Standing::Current {
-                continue;
-            }
             let context = match &self.contexts[at] {
                 Some(expression) if header.context_bound => expression.evaluate(row)?,
                 _ => None,
             };
             let context = context.unwrap_or_default();
             match cache::reencrypt(text::detoasted(datum), &context) {
-                Ok(Some(fresh)) => changes.push((self.leaf.columns[at].attnum, fresh)),
+                Ok(Some(fresh)) => {
+                    changes.push((self.leaf.columns[at].attnum, fresh));
+                    bad.changing.extend(stale::head(datum));
+                }
                 Ok(None) => {}
                 Err(error @ (Error::RootKey(..) | Error::Random | Error::NoCatalog)) => {
                     return Err(error);
                 }
-                Err(error) => bad.push((Some(header.slot), Caught(error.code()).sqlstate())),
+                Err(error) => bad.add(header.slot, Caught(error.code()).sqlstate(), datum),
             }
         }
         Ok(changes)
+    }
+}
+
+/// The header of an envelope that is to be re-encrypted or cannot be; None for everything else, and
+/// for what somebody has decided to do without.
+fn concerned(slots: &Slots, dismissed: &HashSet<Head>, datum: pg_sys::Datum) -> Option<Header> {
+    let header = stale::header(datum)?;
+    if slots.standing(header.slot) == Standing::Current {
+        return None;
+    }
+    let excused =
+        !dismissed.is_empty() && stale::head(datum).is_some_and(|head| dismissed.contains(&head));
+    (!excused).then_some(header)
+}
+
+/// What is wrong with one row: one entry, whatever the number of its columns.
+#[derive(Default)]
+struct Bad {
+    first: Option<(Option<SlotId>, String)>,
+    heads: Vec<Head>,
+    changing: Vec<Head>,
+}
+
+impl Bad {
+    fn add(&mut self, slot: SlotId, sqlstate: String, datum: pg_sys::Datum) {
+        self.first.get_or_insert((Some(slot), sqlstate));
+        self.heads.extend(stale::head(datum));
+    }
+
+    /// A trigger has refused the row silently: triggered_action_exception.
+    fn suppressed(&mut self) {
+        self.first.get_or_insert((None, "09000".to_string()));
+        self.heads.append(&mut self.changing);
+    }
+
+    fn failure(self, tid: Tid) -> Option<Failure> {
+        let heads = self.heads;
+        self.first.map(|(slot, sqlstate)| Failure {
+            tid,
+            slot,
+            sqlstate,
+            heads,
+        })
     }
 }

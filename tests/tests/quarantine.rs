@@ -74,6 +74,52 @@ fn an_altered_value_is_set_aside_blocks_the_proof_and_is_dismissed_as_an_excepti
 }
 
 #[test]
+fn a_dismissal_never_excuses_another_row_that_comes_to_lie_in_the_same_place() {
+    let database = database("excuse");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE k (id int, c bytea);
+         INSERT INTO k SELECT 1, encrypt_col('x', 'pii', 'wrong');
+         SELECT rekey.register_column('k', 'c', 'rekey.context(''k'', id::text)');
+         SELECT rotate_key('pii')",
+    );
+    client.run("CALL rekey.reencrypt()");
+    let place = client.text("SELECT row_ref::text FROM rekey.errors");
+    client.run("SELECT rekey.dismiss_quarantine(quarantine_id, 'test data') FROM rekey.errors");
+    client.run("CALL rekey.reencrypt()");
+    client.run("DELETE FROM k");
+    client.run("VACUUM k");
+    client.run("INSERT INTO k SELECT 2, encrypt_col('y', 'pii', 'also wrong')");
+    assert_eq!(
+        client.text("SELECT ctid::text FROM k"),
+        place,
+        "the same place"
+    );
+    client.run("SELECT rotate_key('pii')");
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(
+        client.column("SELECT sqlstate FROM rekey.errors WHERE dismissed_at IS NULL"),
+        ["39000"]
+    );
+    assert_eq!(states(&mut client), ["drained", "previous", "active"]);
+}
+
+#[test]
+fn a_dismissed_row_stays_dismissed_wherever_it_moves() {
+    let database = database("follows");
+    let mut client = database.connect();
+    client.run("UPDATE t SET c = set_byte(c, 40, get_byte(c, 40) # 1) WHERE id = 7");
+    client.run("SELECT rotate_key('pii')");
+    client.run("CALL rekey.reencrypt()");
+    client.run("SELECT rekey.dismiss_quarantine(quarantine_id, 'test data') FROM rekey.errors");
+    client.run("VACUUM FULL t");
+    client.run("UPDATE t SET id = 700 WHERE id = 7");
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!(client.number("SELECT count(*) FROM rekey.errors"), 1);
+}
+
+#[test]
 fn a_row_that_is_mended_leaves_the_quarantine() {
     let database = database("mended");
     let mut client = database.connect();

@@ -39,9 +39,9 @@ pub struct Trouble {
     pub what: String,
 }
 
-/// What tells a table from any other that has had or will have its OID: the server, the OID, and the
-/// transaction that made the table. An OID alone does not: OIDs come round. Nor does the row in
-/// pg_class, which any ALTER TABLE rewrites.
+/// What tells a table from any other that has had or will have its OID: the server, the OID, and
+/// the transaction that made the table. An OID alone does not: OIDs come round. Nor does the row
+/// in pg_class, which any ALTER TABLE rewrites.
 pub fn stamp(table: Oid) -> Option<String> {
     relation::born(table).map(|born| {
         let server = relation::system_identifier();

@@ -1,8 +1,8 @@
 //! The trigger that re-encrypts on touch, as an object of a users' table.
 //!
-//! Called by src/api/touch.rs, once the caller is known to own the table. The trigger is made by the
-//! catalog's owner, last by name, so that it sees what the others have made of the row, and ALWAYS
-//! enabled, so that rows that logical replication applies are touched too.
+//! Called by src/api/touch.rs, once the caller is known to own the table. The trigger is made by
+//! the catalog's owner, last by name, so that it sees what the others have made of the row, and
+//! ALWAYS enabled, so that rows that logical replication applies are touched too.
 
 use pgrx::pg_sys::Oid;
 

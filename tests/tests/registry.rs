@@ -90,6 +90,24 @@ fn a_renamed_column_is_dumped_by_its_present_name_and_followed_on_after_the_rest
 }
 
 #[test]
+fn an_owner_without_any_privilege_on_the_catalog_renames_and_drops() {
+    let (database, mut client) = database("plain");
+    let owner = database.role("owner");
+    client.run(&format!("ALTER TABLE t OWNER TO {owner}"));
+    let mut owner = database.connect_as(&owner);
+    owner.run("SELECT rekey.register_column('t', 'c'); ALTER TABLE t RENAME c TO e");
+    let stored = "SELECT column_name FROM rekey.registered_column";
+    assert_eq!(client.column(stored), ["e"]);
+    owner.run("BEGIN; ALTER TABLE t RENAME e TO f; ROLLBACK");
+    assert_eq!(client.column(stored), ["e"]);
+    // Replication that applies, and a restore, run as replicas.
+    client.run("SET session_replication_role = replica; ALTER TABLE t RENAME e TO f");
+    assert_eq!(client.column(stored), ["f"]);
+    owner.run("DROP TABLE t");
+    assert!(client.column(stored).is_empty());
+}
+
+#[test]
 fn numbers_of_another_server_do_not_count_even_under_the_same_oid() {
     let (_, mut client) = database("elsewhere");
     // As from a dump of a fresh server: same OID there, column 5 was another one.

@@ -161,7 +161,9 @@ pub type Head = [u8; CIPHERTEXT_AT];
 pub fn head(datum: pg_sys::Datum) -> Option<Head> {
     header(datum)?;
     let len = i32::try_from(CIPHERTEXT_AT).ok()?;
-    text::detoasted_prefix(datum, len).try_into().ok()
+    // A value that is not toasted comes whole.
+    let prefix = text::detoasted_prefix(datum, len);
+    prefix.get(..CIPHERTEXT_AT)?.try_into().ok()
 }
 
 /// The header of a datum that is long enough to be an envelope, without its body.

@@ -205,7 +205,8 @@ impl Started {
             pg_sys::CurrentMemoryContext = pg_sys::TopMemoryContext;
             let started = pg_sys::RegisterDynamicBackgroundWorker(&mut description, &mut handle);
             pg_sys::CurrentMemoryContext = previous;
-            started.then_some(Started(handle))
+            // Lazily: a handle that was not given must not be dropped.
+            started.then(|| Started(handle))
         }
     }
 

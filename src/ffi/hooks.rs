@@ -338,7 +338,7 @@ unsafe fn databases_of(node: *mut pg_sys::Node) -> Vec<*const std::ffi::c_char> 
                             && !(**option).arg.is_null()
                     })
                     .map(|option| pg_sys::defGetString(option).cast_const());
-                template.unwrap_or(std::ptr::null())
+                template.unwrap_or(c"template1".as_ptr())
             }
             _ => std::ptr::null(),
         };

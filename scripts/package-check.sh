@@ -27,6 +27,7 @@ sources() { # the lines of apt's own sources that are Debian's
 
 make_work
 root=$(mktemp -d "$REKEY_WORK/root.XXXXXX")
+chmod 0755 "$root" # it becomes /, where the server's user must get through
 inside() {
     env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive \
         HOME=/root http_proxy="${http_proxy:-}" https_proxy="${https_proxy:-}" chroot "$root" "$@"

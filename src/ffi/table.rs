@@ -383,6 +383,20 @@ impl<'a> Updater<'a> {
         // The tuples' context is current while values are made and executor code runs, as in
         // apply_handle_update; it is reset after each row.
         unsafe {
+            // The place may be older than the snapshot, and its row gone since: heap_lock_tuple
+            // takes whatever lies there for a tuple. What the snapshot sees stays where it is for as
+            // long as the snapshot is registered.
+            let relation = self.table.relation;
+            let seen = pg_sys::table_tuple_fetch_row_version(
+                relation,
+                &mut item,
+                self.snapshot.0,
+                self.old,
+            );
+            if !seen {
+                return Ok(Updated::Moved);
+            }
+            pg_sys::ExecClearTuple(self.old);
             let mut failure: pg_sys::TM_FailureData = std::mem::zeroed();
             let locked = pg_sys::table_tuple_lock(
                 self.table.relation,

@@ -55,7 +55,7 @@ fn end(client: &mut Client, function: &str, slot: &str) {
     wait_until("older transactions have ended", || {
         match client.attempt(&sql) {
             Ok(()) => true,
-            Err(refusal) if refusal.detail.starts_with("Older transactions") => false,
+            Err(refusal) if refusal.detail.to_lowercase().contains("older") => false,
             Err(refusal) => panic!("{sql}: {}", refusal.text()),
         }
     });

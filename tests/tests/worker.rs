@@ -191,10 +191,16 @@ fn killed_in_the_middle_it_goes_on_at_its_cursor() {
     let pid =
         client.number("SELECT pid FROM pg_stat_activity WHERE backend_type = 'pg_rekey worker'");
     cluster.kill_backend(pid);
-    wait_until("the server is back", || {
-        cluster.try_connect("killed").is_some()
+    // First the crash has to reach this session: until then the old server still takes connections.
+    wait_until("the crash has ended this session", || {
+        client.batch_execute("SELECT 1").is_err()
     });
-    let mut client = database.connect();
+    let mut back = None;
+    wait_until("the server is back", || {
+        back = cluster.try_connect("killed");
+        back.is_some()
+    });
+    let mut client = back.expect("a connection");
     let mut last = client.number(cursor);
     assert!(last > 20, "the cursor stands where the last commit put it");
     client.run("ALTER SYSTEM SET rekey.work_ratio = 1");

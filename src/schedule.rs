@@ -69,6 +69,12 @@ pub enum Brake {
 }
 
 impl Brake {
+    /// Whether it lasts until the server is better, and not for a time.
+    #[must_use]
+    pub fn is_alarm(self) -> bool {
+        !matches!(self, Brake::WorkRatio | Brake::WalRate)
+    }
+
     /// In words, for the progress view.
     #[must_use]
     pub fn words(self) -> &'static str {

@@ -32,6 +32,24 @@ pub struct Entry {
     pub due: i64,
     /// Visits in a row that failed.
     pub failures: u32,
+    /// Table that the worker works on; 0 for none.
+    pub table: u32,
+    /// Tables at which workers have died, with how often.
+    pub suspects: [(u32, u32); SUSPECTS],
+}
+
+/// Tables of one database that are remembered as suspects.
+const SUSPECTS: usize = 8;
+
+impl Entry {
+    /// The worker is gone in the middle of a table: it rests longer each time.
+    pub fn blame(&mut self, table: u32) {
+        let at = self.suspects.iter().position(|(known, _)| *known == table);
+        match at.or_else(|| self.suspects.iter().position(|(known, _)| *known == 0)) {
+            Some(at) => self.suspects[at] = (table, self.suspects[at].1 + 1),
+            None => self.suspects[0] = (table, 1),
+        }
+    }
 }
 
 /// The board.
@@ -181,6 +199,7 @@ pub fn finish(database: u32, due: Option<i64>) -> bool {
             entry.due = due.unwrap_or(0);
             entry.finished = true;
             entry.failures = 0;
+            entry.suspects = Default::default();
             true
         }
         None => true,
@@ -191,6 +210,19 @@ pub fn finish(database: u32, due: Option<i64>) -> bool {
 /// Takes the wish for a database.
 pub fn take_wish(database: u32) {
     change(database, |entry| entry.wanted = false);
+}
+
+/// The worker of this process's database says which table it works on; 0 for none. In a session it
+/// does nothing: only a worker is ever missed.
+pub fn working_on(table: u32) {
+    let process = super::session::process();
+    with(|board| {
+        for entry in &mut board.entries {
+            if entry.worker == process {
+                entry.table = table;
+            }
+        }
+    });
 }
 
 /// Keeps workers out of a database for as long as it lives.

@@ -19,8 +19,8 @@ use crate::catalog::read::{self, SlotRow};
 use crate::catalog::work::{self, Done, Pass};
 use crate::catalog::{self, write};
 use crate::error::Result;
-use crate::ffi::locks;
 use crate::ffi::table::{self, Table, Tid};
+use crate::ffi::{locks, shared};
 use crate::registry::{self, Leaf};
 use crate::stale::{self, Standing};
 use crate::{cache, guc, lifecycle};
@@ -90,6 +90,14 @@ impl Drainer {
     pub fn by_age(mut self) -> Drainer {
         self.by_age = true;
         self
+    }
+
+    /// Begins with a table at rest at which workers have died so often.
+    pub fn suspect(&mut self, table: Oid, deaths: u32) {
+        let wait = rekey_core::schedule::backoff_ms(deaths, table.to_u32().into());
+        let until = Instant::now() + Duration::from_millis(wait);
+        let why = "a worker died at it".to_string();
+        self.resting.insert(table, (deaths, until, why));
     }
 
     /// The table that the last step worked on.
@@ -206,6 +214,7 @@ impl Drainer {
     /// One batch of a table; None when its pass is complete.
     fn visit(&mut self, leaf: &Leaf, wave: &str) -> std::result::Result<Option<Worked>, Unable> {
         self.current = Some(leaf.table);
+        shared::working_on(leaf.table.to_u32());
         if let Some(why) = work::paused(leaf.table)? {
             return Err(Unable::Paused(why));
         }

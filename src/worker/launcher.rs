@@ -13,10 +13,11 @@ use std::time::Duration;
 use pgrx::pg_sys::{self, Oid};
 use rekey_core::schedule::{self, Facts, Limits};
 
-use super::drain::{Drainer, Step};
+use super::drain::{Drainer, Step, Worked};
 use super::throttle;
+use crate::catalog::work;
 use crate::ffi::background::{self, Started};
-use crate::ffi::{hooks, scan, session, shared};
+use crate::ffi::{hooks, scan, session, shared, timer};
 use crate::guc;
 
 /// The launcher's process.
@@ -50,8 +51,11 @@ pub extern "C-unwind" fn pg_rekey_launcher_main(_arg: pg_sys::Datum) {
 fn launch(running: &mut Vec<(u32, Started)>) -> Option<Duration> {
     let allowed = guc::databases();
     if shared::everything() {
-        let all = background::transaction(|| Ok(background::databases()));
-        for (database, name) in all.unwrap_or_default() {
+        let Ok(all) = background::transaction(|| Ok(background::databases())) else {
+            shared::want_everything();
+            return Some(Duration::from_secs(1));
+        };
+        for (database, name) in all {
             if allowed.as_ref().is_none_or(|list| list.contains(&name)) {
                 shared::change(database, |entry| entry.wanted = true);
             }
@@ -102,7 +106,15 @@ fn may_visit(database: u32, allowed: Option<&[String]>) -> bool {
 fn take_leave(database: u32) {
     shared::change(database, |entry| {
         entry.worker = 0;
-        if !entry.finished && entry.barred_by == 0 {
+        let table = std::mem::take(&mut entry.table);
+        if entry.finished || entry.barred_by != 0 {
+            return;
+        }
+        if table != 0 {
+            // The table rests, not the database.
+            entry.blame(table);
+            entry.wanted = true;
+        } else {
             entry.failures += 1;
             let wait = schedule::backoff_ms(entry.failures, u64::from(database));
             entry.wanted = true;
@@ -121,7 +133,8 @@ pub extern "C-unwind" fn pg_rekey_worker_main(arg: pg_sys::Datum) {
     });
     background::connect_to(database);
     hooks::never_wake();
-    work();
+    timer::expendable();
+    visit();
     background::report("");
 }
 
@@ -129,7 +142,7 @@ pub extern "C-unwind" fn pg_rekey_worker_main(arg: pg_sys::Datum) {
 const FAILURES: u32 = 5;
 
 /// Works until nothing is left. What is due later stands on the board then.
-fn work() {
+fn visit() {
     let database = background::database();
     let there = background::transaction(|| {
         let table = scan::relation(c"registered_column");
@@ -140,48 +153,30 @@ fn work() {
         return;
     }
     let mut drainer = Drainer::new(None, true).by_age();
+    for entry in shared::entries() {
+        let suspects = entry.suspects.iter().filter(|(table, _)| *table != 0);
+        for (table, deaths) in suspects.filter(|_| entry.database == database) {
+            drainer.suspect(Oid::from_u32(*table), *deaths);
+        }
+    }
     let mut throttle = throttle::Gauge::default();
     let mut failures = 0;
     while guc::worker() {
         let wal = background::wal_written();
         let begin = std::time::Instant::now();
         let step = background::transaction(|| drainer.step());
+        shared::working_on(0);
         let worked_ms = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
         match step {
             Ok(Step::Worked(worked)) => {
                 failures = 0;
                 background::report(&worked.what);
-                let mut facts = Facts {
+                let facts = Facts {
                     worked_ms,
                     wal_bytes: background::wal_written() - wal,
                     ..Facts::default()
                 };
-                let mut rested = false;
-                while let Some((ms, brake)) = {
-                    let known = background::transaction(|| throttle.read(&mut facts, worked.table));
-                    known.ok().and_then(|()| schedule::rest(&facts, &limits()))
-                } {
-                    // A pause for the work just done is made once; an alarm until it is over.
-                    let alarm =
-                        !matches!(brake, schedule::Brake::WorkRatio | schedule::Brake::WalRate);
-                    if rested && !alarm {
-                        break;
-                    }
-                    if alarm {
-                        background::report(&format!("{}; rests: {}", worked.what, brake.words()));
-                        let _ = background::transaction(|| {
-                            let table = worked.table.unwrap_or(pg_sys::InvalidOid);
-                            crate::catalog::work::note(table, "", brake.words())
-                        });
-                    }
-                    rested = true;
-                    background::sleep(Some(Duration::from_millis(ms)));
-                    facts.worked_ms = 0;
-                    facts.wal_bytes = 0;
-                    if !guc::worker() {
-                        break;
-                    }
-                }
+                rest(&worked, facts, &mut throttle);
             }
             Ok(Step::Wait(time, why)) => {
                 failures = 0;
@@ -214,6 +209,28 @@ fn work() {
     }
     // Switched off: not a failure.
     shared::finish(database, None);
+}
+
+/// Rests after a batch: once for the work just done, and for as long as an alarm lasts.
+fn rest(worked: &Worked, mut facts: Facts, throttle: &mut throttle::Gauge) {
+    loop {
+        let read = background::transaction(|| throttle.read(&mut facts, worked.table));
+        let Some((ms, brake)) = read.ok().and_then(|()| schedule::rest(&facts, &limits())) else {
+            return;
+        };
+        if brake.is_alarm() {
+            background::report(&format!("{}; rests: {}", worked.what, brake.words()));
+            let table = worked.table.unwrap_or(pg_sys::InvalidOid);
+            // For people only: that it could not be written stops nothing.
+            let _ = background::transaction(|| work::note(table, "", brake.words()));
+        }
+        background::sleep(Some(Duration::from_millis(ms)));
+        if !brake.is_alarm() || !guc::worker() {
+            return;
+        }
+        facts.worked_ms = 0;
+        facts.wal_bytes = 0;
+    }
 }
 
 fn limits() -> Limits {

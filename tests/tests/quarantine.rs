@@ -298,3 +298,48 @@ fn a_hostile_owner_gains_nothing_and_delays_no_other_table() {
         "the proof waits for the row"
     );
 }
+
+#[test]
+fn code_that_swallows_every_cancel_delays_no_other_table() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("rekey.work_ratio = 1")
+            .set("rekey.databases = 'stubborn'"),
+    );
+    let mut client = cluster.database("stubborn").connect();
+    client.run(
+        "SELECT rekey.create_key('pii', grace => '0');
+         CREATE TABLE a (c bytea); CREATE TABLE stubborn (c bytea); CREATE TABLE b (c bytea);
+         INSERT INTO a SELECT encrypt_col('a', 'pii'); INSERT INTO b SELECT encrypt_col('b', 'pii');
+         INSERT INTO stubborn SELECT encrypt_col('s', 'pii');
+         CREATE FUNCTION stubborn() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN
+             LOOP
+                 BEGIN
+                     LOOP END LOOP;
+                 EXCEPTION WHEN query_canceled THEN NULL;
+                 END;
+             END LOOP;
+         END $$;
+         CREATE TRIGGER stubborn BEFORE UPDATE ON stubborn
+             FOR EACH ROW EXECUTE FUNCTION stubborn();
+         ALTER TABLE stubborn ENABLE ALWAYS TRIGGER stubborn;
+         SELECT rekey.register_column(t, 'c') FROM unnest('{a,stubborn,b}'::regclass[]) AS t;
+         SELECT rotate_key('pii')",
+    );
+    wait_until("both other tables are done", || {
+        stale(&mut client, "a") + stale(&mut client, "b") == 0
+    });
+    wait_until("the worker was ended and the table is at rest", || {
+        client.number(
+            "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'pg_rekey worker' \
+                AND query = 'a worker died at it'",
+        ) == 1
+    });
+    assert_eq!(stale(&mut client, "stubborn"), 1);
+    assert_eq!(states(&mut client), ["previous", "active"]);
+    client.run("DROP TRIGGER stubborn ON stubborn");
+    wait_until("the table is tried again", || {
+        states(&mut client) == ["drained", "active"]
+    });
+}

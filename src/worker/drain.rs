@@ -215,9 +215,7 @@ impl Drainer {
     fn visit(&mut self, leaf: &Leaf, wave: &str) -> std::result::Result<Option<Worked>, Unable> {
         self.current = Some(leaf.table);
         shared::working_on(leaf.table.to_u32());
-        if let Some(why) = work::paused(leaf.table)? {
-            return Err(Unable::Paused(why));
-        }
+        refuse_paused(leaf)?;
         let known = work::pass(leaf.table)?.filter(|pass| pass.wave == wave && pass.left == 0);
         let due = work::due(leaf.table)?;
         let found = self.findings.contains_key(&leaf.table);
@@ -228,30 +226,15 @@ impl Drainer {
                 return Ok(None);
             }
         }
-        if !locks::become_drainer(catalog::registered_column()?, leaf.table) {
-            return Err(Unable::Busy("another session re-encrypts it".to_string()));
-        }
         let begin = Instant::now();
-        let Some(table) = Table::open_for_update(leaf.table) else {
-            return Err(Unable::Busy("it is locked".to_string()));
-        };
-        if !table.is_heap() {
-            return Err(Unable::Refused("it is no heap table".to_string()));
-        }
-        let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
-        let refusal = registry::refusal(table.relation(), &columns, leaf.fire_triggers);
-        if let Some((why, name)) = refusal {
-            return Err(Unable::Refused(format!("it {why}: {name}")));
-        }
-        cache::enter_barrier()?;
+        let table = enter(leaf)?;
         let pass = self.pass(&table, wave)?;
         let name = table::name(leaf.table)?;
         let size = self.sizes.entry(leaf.table).or_default();
         let mut report;
         let (mut cursor, mut left) = (pass.cursor, pass.left);
         if !due.is_empty() {
-            report = rewrite::rewrite(leaf, &table, &Source::Places(&due))?;
-            settle(leaf.table, &due, &report)?;
+            report = retry_rows(leaf, &table, &due)?;
         } else if left > 0 {
             if let Some(earlier) = self.touched.remove(&leaf.table) {
                 table.reclaim(earlier);
@@ -436,7 +419,7 @@ impl Drainer {
         for leaf in leaves {
             let due = work::due(leaf.table)?;
             if !due.is_empty()
-                && let Some(worked) = self.retry(leaf, &due)?
+                && let Some(worked) = retry(leaf, &due)?
             {
                 return Ok(Step::Worked(worked));
             }
@@ -473,33 +456,63 @@ impl Drainer {
         }
         Ok(Step::Idle(work::next_due()?))
     }
+}
 
-    fn retry(&mut self, leaf: &Leaf, due: &[Tid]) -> Result<Option<Worked>> {
-        let Some(table) = Table::open_for_update(leaf.table) else {
-            return Ok(None);
-        };
-        cache::enter_barrier()?;
-        let report = rewrite::rewrite(leaf, &table, &Source::Places(due))?;
-        settle(leaf.table, due, &report)?;
-        for failure in &report.failed {
-            work::quarantine(leaf.table, failure)?;
-        }
-        Ok(Some(Worked {
-            what: format!("retried {} rows", due.len()),
-            table: Some(leaf.table),
-            rewritten: report.rewritten,
-        }))
+/// Tries rows under quarantine again; None when the table cannot be worked on now.
+fn retry(leaf: &Leaf, due: &[Tid]) -> Result<Option<Worked>> {
+    let table = match refuse_paused(leaf).and_then(|()| enter(leaf)) {
+        Ok(table) => table,
+        Err(Unable::Error(error)) => return Err(error),
+        Err(Unable::Paused(_) | Unable::Busy(_) | Unable::Refused(_)) => return Ok(None),
+    };
+    let report = retry_rows(leaf, &table, due)?;
+    for failure in &report.failed {
+        work::quarantine(leaf.table, failure)?;
+    }
+    Ok(Some(Worked {
+        what: format!("retried {} rows", due.len()),
+        table: Some(leaf.table),
+        rewritten: report.rewritten,
+    }))
+}
+
+fn refuse_paused(leaf: &Leaf) -> std::result::Result<(), Unable> {
+    match work::paused(leaf.table)? {
+        Some(why) => Err(Unable::Paused(why)),
+        None => Ok(()),
     }
 }
 
+/// The one door to a table's rows: one drainer, no wait for a lock, nothing in the table that must
+/// not run, the barrier held.
+fn enter(leaf: &Leaf) -> std::result::Result<Table, Unable> {
+    if !locks::become_drainer(catalog::registered_column()?, leaf.table) {
+        return Err(Unable::Busy("another session re-encrypts it".to_string()));
+    }
+    let Some(table) = Table::open_for_update(leaf.table) else {
+        return Err(Unable::Busy("it is locked".to_string()));
+    };
+    if !table.is_heap() {
+        return Err(Unable::Refused("it is no heap table".to_string()));
+    }
+    let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
+    let refusal = registry::refusal(table.relation(), &columns, leaf.fire_triggers);
+    if let Some((why, name)) = refusal {
+        return Err(Unable::Refused(format!("it {why}: {name}")));
+    }
+    cache::enter_barrier()?;
+    Ok(table)
+}
+
 /// Entries whose row is well again, or gone, leave the quarantine.
-fn settle(table: Oid, tried: &[Tid], report: &Report) -> Result<()> {
-    for tid in tried {
+fn retry_rows(leaf: &Leaf, table: &Table, due: &[Tid]) -> Result<Report> {
+    let report = rewrite::rewrite(leaf, table, &Source::Places(due))?;
+    for tid in due {
         if !report.failed.iter().any(|failure| failure.tid == *tid) {
-            work::resolve(table, *tid)?;
+            work::resolve(leaf.table, *tid)?;
         }
     }
-    Ok(())
+    Ok(report)
 }
 
 enum Unable {

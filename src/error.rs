@@ -87,8 +87,6 @@ pub enum Error {
     Owner(Code),
     /// The user has cancelled the statement.
     Cancelled,
-    /// A proof held its snapshot for as long as it may.
-    SnapshotTooOld,
     /// The extension is not created in this database.
     NoCatalog,
     /// The library and the catalog are of versions that do not understand each other.
@@ -403,12 +401,6 @@ impl Error {
                 "re-encryption was cancelled",
                 "What was committed stays; the batch in hand is undone.".to_string(),
                 "CALL rekey.reencrypt() goes on where it ended.",
-            ),
-            Error::SnapshotTooOld => entry(
-                ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-                "the proof held its snapshot for too long",
-                "It would hold back vacuum.".to_string(),
-                "Raise rekey.max_snapshot_age.",
             ),
             Error::NoCatalog => entry(
                 ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,

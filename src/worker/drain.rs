@@ -13,6 +13,7 @@ use rekey_core::keyring::SlotState;
 use rekey_core::schedule::BatchSize;
 
 use super::barrier::Barrier;
+use super::ending;
 use super::proof::{self, Verdict};
 use super::rewrite::{self, Report, Source};
 use crate::catalog::read::{self, SlotRow};
@@ -374,7 +375,7 @@ impl Drainer {
             )?;
             return self.afterwards(leaves);
         }
-        let verdict = proof::prove(leaves, slots, guc::max_snapshot_age(), |_, _| Ok(()))?;
+        let verdict = proof::prove(leaves, slots)?;
         let what = match verdict {
             Verdict::Clean(proof) => {
                 let drained = drain(slots, &proof)?;
@@ -429,7 +430,7 @@ impl Drainer {
         }
         for (id, action) in work::after_drain()? {
             let slot = lifecycle::slot(id)?;
-            match may_go(&slot, leaves, action == "destroy")? {
+            match ending::may_go(&slot, leaves, action == "destroy")? {
                 None => {
                     // Under the key's lock: another session may have moved the slot meanwhile.
                     lifecycle::lock(&slot.key_name)?;
@@ -576,44 +577,4 @@ fn drain(slots: &[SlotRow], proof: &str) -> Result<usize> {
         drained += 1;
     }
     Ok(drained)
-}
-
-/// Whether a drained slot may be disabled or destroyed now; None for yes, else why not. Makes the
-/// second scan: transactions older than the first one may have copied what they saw.
-pub fn may_go(slot: &SlotRow, leaves: &[Leaf], destroy: bool) -> Result<Option<String>> {
-    if let Some(until) = work::grace_left(slot.id)? {
-        return Ok(Some(format!("its grace lasts until {until}")));
-    }
-    for leaf in leaves {
-        let count = work::quarantined(leaf.table)?;
-        if count > 0 {
-            let name = table::name(leaf.table)?;
-            return Ok(Some(format!("{name} has {count} rows under quarantine")));
-        }
-    }
-    if let Some(why) = proof::horizon_passed(slot.id, leaves)? {
-        return Ok(Some(why));
-    }
-    let one = std::slice::from_ref(slot);
-    match proof::prove(leaves, one, guc::max_snapshot_age(), |_, _| Ok(()))? {
-        Verdict::Clean(_) => {}
-        Verdict::Stale(found) => {
-            let mut places = Vec::new();
-            for (oid, found) in found {
-                places.push(format!("{} ({} rows)", table::name(oid)?, found.len()));
-            }
-            let places = places.join(", ");
-            return Ok(Some(format!(
-                "values are sealed under it again in {places}"
-            )));
-        }
-        Verdict::Changed(table) => return Ok(Some(format!("{table} changed meanwhile"))),
-        Verdict::Unfinished(why) => return Ok(Some(why)),
-    }
-    if destroy && let Some(places) = super::elsewhere::of_slot(slot.id)? {
-        return Ok(Some(format!(
-            "unregistered columns hold values of it: {places}"
-        )));
-    }
-    Ok(None)
 }

@@ -9,6 +9,7 @@ use std::collections::HashSet;
 
 use pgrx::pg_sys::{self, Oid};
 use rekey_core::envelope::{Header, SlotId};
+use serde_json::{Value, json};
 
 use crate::error::Result;
 use crate::ffi::sql;
@@ -132,16 +133,13 @@ pub fn of_slot(slot: SlotId) -> Result<Option<String>> {
 /// All places as a JSON array, for find_envelopes().
 pub fn as_json() -> Result<String> {
     let place = |place: Place| {
-        let slot = place
-            .slot
-            .map_or_else(|| "null".to_string(), |slot| slot.to_string());
-        format!(
-            "{{\"table_name\":{},\"column_name\":{},\"slot_id\":{slot},\"envelopes\":{}}}",
-            super::proof::json(&place.table),
-            super::proof::json(&place.column),
-            place.envelopes
-        )
+        json!({
+            "table_name": place.table,
+            "column_name": place.column,
+            "slot_id": place.slot.map(SlotId::as_i64),
+            "envelopes": place.envelopes,
+        })
     };
-    let places: Vec<String> = all()?.into_iter().map(place).collect();
-    Ok(format!("[{}]", places.join(",")))
+    let places: Vec<Value> = all()?.into_iter().map(place).collect();
+    Ok(Value::Array(places).to_string())
 }

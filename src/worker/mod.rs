@@ -8,6 +8,7 @@
 pub mod barrier;
 pub mod drain;
 pub mod elsewhere;
+pub mod ending;
 pub mod launcher;
 pub mod proof;
 pub mod rewrite;

@@ -1,0 +1,157 @@
+//! Whether a drained slot may go: grace, quarantine, horizon, the second scan, unregistered places.
+//!
+//! Called by src/worker/drain.rs for after_drain, and by disable_slot and destroy_slot. Invariant
+//! I8: nothing that is older than the proof's horizon is left when the second scan begins, so that
+//! what it finds is all that will ever be copied.
+
+use rekey_core::envelope::SlotId;
+
+use super::elsewhere;
+use super::proof::{self, Verdict};
+use crate::catalog::read::SlotRow;
+use crate::catalog::work;
+use crate::error::Result;
+use crate::ffi::table::{self, Table};
+use crate::ffi::{locks, sql};
+use crate::guc;
+use crate::registry::Leaf;
+
+/// Whether a drained slot may be disabled or destroyed now; None for yes, else why not. Makes the
+/// second scan: transactions older than the first one may have copied what they saw.
+pub fn may_go(slot: &SlotRow, leaves: &[Leaf], destroy: bool) -> Result<Option<String>> {
+    if let Some(until) = work::grace_left(slot.id)? {
+        return Ok(Some(format!("its grace lasts until {until}")));
+    }
+    for leaf in leaves {
+        let count = work::quarantined(leaf.table)?;
+        if count > 0 {
+            let name = table::name(leaf.table)?;
+            return Ok(Some(format!("{name} has {count} rows under quarantine")));
+        }
+    }
+    if let Some(why) = horizon_passed(slot.id, leaves)? {
+        return Ok(Some(why));
+    }
+    let one = std::slice::from_ref(slot);
+    match proof::prove(leaves, one)? {
+        Verdict::Clean(_) => {}
+        Verdict::Stale(found) => {
+            let mut places = Vec::new();
+            for (oid, found) in found {
+                places.push(format!("{} ({} rows)", table::name(oid)?, found.len()));
+            }
+            let places = places.join(", ");
+            return Ok(Some(format!(
+                "values are sealed under it again in {places}"
+            )));
+        }
+        Verdict::Changed(table) => return Ok(Some(format!("{table} changed meanwhile"))),
+        Verdict::Unfinished(why) => return Ok(Some(why)),
+    }
+    if destroy && let Some(places) = elsewhere::of_slot(slot.id)? {
+        return Ok(Some(format!(
+            "unregistered columns hold values of it: {places}"
+        )));
+    }
+    Ok(None)
+}
+
+/// Whether everything that could have copied a stale value past the proof is gone: 55000 says what
+/// is not, else None for "yes".
+fn horizon_passed(slot: SlotId, leaves: &[Leaf]) -> Result<Option<String>> {
+    let Some(proof) = work::proof(slot)? else {
+        return Ok(Some("it has no proof".to_string()));
+    };
+    if proof.identity != locks::identity() {
+        return Ok(Some(
+            "its proof was made on another server or database, before a restore".to_string(),
+        ));
+    }
+    for leaf in leaves {
+        let Some(table) = Table::open_for_scan(leaf.table) else {
+            return Ok(Some(format!("{} is locked", table::name(leaf.table)?)));
+        };
+        if locks::oldest_visible(&table) < proof.horizon {
+            drop(table);
+            return old_transactions(proof.horizon).map(Some);
+        }
+    }
+    standbys_behind(&proof.lsn)
+}
+
+/// Names what still has a snapshot older than the horizon.
+fn old_transactions(horizon: u64) -> Result<String> {
+    let old = "age(x) >= age($1::text::xid)";
+    let named = sql::text(
+        &format!(
+            "SELECT string_agg(who, ', ') FROM ( \
+               SELECT 'pid ' || pid AS who, x FROM pg_catalog.pg_stat_activity, \
+                      LATERAL (VALUES (backend_xid), (backend_xmin)) AS v(x) \
+                WHERE x IS NOT NULL AND pid <> pg_catalog.pg_backend_pid() \
+               UNION ALL SELECT 'prepared transaction ' || quote_literal(gid), transaction \
+                 FROM pg_catalog.pg_prepared_xacts \
+               UNION ALL SELECT 'replication slot ' || slot_name, xmin \
+                 FROM pg_catalog.pg_replication_slots WHERE xmin IS NOT NULL \
+               UNION ALL SELECT 'standby ' || application_name, backend_xmin \
+                 FROM pg_catalog.pg_stat_replication WHERE backend_xmin IS NOT NULL \
+             ) AS holders WHERE {old}"
+        ),
+        &[sql::Arg::Text(&(horizon & 0xffff_ffff).to_string())],
+    )?;
+    Ok(match named {
+        Some(names) => format!("older transactions still run: {names}"),
+        None => "a transaction that is older than its proof still runs".to_string(),
+    })
+}
+
+/// The standbys that send no feedback: nobody here knows of their snapshots.
+const SILENT: &str = "FROM pg_catalog.pg_stat_replication r \
+          WHERE backend_xmin IS NULL AND state <> 'backup' \
+            AND NOT EXISTS (SELECT FROM pg_catalog.pg_replication_slots s \
+                 WHERE s.active_pid = r.pid AND (s.xmin IS NOT NULL OR s.slot_type = 'logical'))";
+
+/// Standbys that send no feedback: they must have replayed the proof, some time ago.
+fn standbys_behind(lsn: &str) -> Result<Option<String>> {
+    let delay = guc::standby_query_delay_ms();
+    let behind = sql::text(
+        &format!(
+            "SELECT string_agg(application_name, ', ') {SILENT} \
+                AND (replay_lsn IS NULL OR replay_lsn < $1::text::pg_lsn)"
+        ),
+        &[sql::Arg::Text(lsn)],
+    )?;
+    if let Some(names) = behind {
+        return Ok(Some(format!(
+            "standbys have not replayed the proof: {names}"
+        )));
+    }
+    let silent = sql::bigint(&format!("SELECT count(*) {SILENT}"), &[])?;
+    let gone = sql::text(
+        "SELECT string_agg(slot_name, ', ') FROM pg_catalog.pg_replication_slots \
+          WHERE slot_type = 'physical' AND NOT active AND restart_lsn < $1::text::pg_lsn",
+        &[sql::Arg::Text(lsn)],
+    )?;
+    if let Some(names) = gone {
+        return Ok(Some(format!(
+            "disconnected standbys: replication slots {names}"
+        )));
+    }
+    match (silent, delay) {
+        (Some(0) | None, _) => Ok(None),
+        (_, None) => Ok(Some(
+            "standbys without hot_standby_feedback are connected, and rekey.standby_query_delay is -1"
+                .to_string(),
+        )),
+        (_, Some(delay)) => {
+            let delay = sql::Arg::Bigint(i64::try_from(delay).unwrap_or(i64::MAX));
+            sql::text(
+                "SELECT 'standbys without hot_standby_feedback may still run older queries' \
+                   FROM rekey.key_slot s WHERE s.proof->>'lsn' = $2 \
+                    AND s.drained_at + $1 * interval '1 millisecond' \
+                        + coalesce((SELECT max(replay_lag) FROM pg_catalog.pg_stat_replication), \
+                                   '0'::interval) > clock_timestamp() LIMIT 1",
+                &[delay, sql::Arg::Text(lsn)],
+            )
+        }
+    }
+}

@@ -72,10 +72,12 @@ pub fn rotate(wanted: Option<RootId>) -> Result<RootId> {
         retired_at: None,
     };
     let count = wrap_all(&row)?;
-    audit(
+    Audit::act(
         "rotate_root_key",
+        None,
         &format!("{id} in the place of {}, slots: {count}", active.id),
-    )?;
+    )
+    .record()?;
     Ok(id)
 }
 
@@ -130,7 +132,12 @@ pub fn retire(id: RootId) -> Result<()> {
     }
     roots::delete_wraps_under(id)?;
     roots::set_state(id, "retired")?;
-    audit("retire_root_key", &format!("{id}, slots: {}", under.len()))
+    Audit::act(
+        "retire_root_key",
+        None,
+        &format!("{id}, slots: {}", under.len()),
+    )
+    .record()
 }
 
 /// Marks a root key, and every slot that it ever wrapped here, as compromised; the active ones
@@ -158,10 +165,12 @@ pub fn mark_compromised(id: RootId, reason: &str) -> Result<i32> {
             count += 1;
         }
     }
-    audit(
+    Audit::act(
         "mark_compromised_root",
+        None,
         &format!("{id}, slots: {count}, reason: {reason}"),
-    )?;
+    )
+    .record()?;
     Ok(count)
 }
 
@@ -223,16 +232,4 @@ fn repeated(id: RootId, state: &str) -> Error {
         "Nothing was changed.".to_string(),
         "SELECT * FROM rekey.root_keys shows the states.".to_string(),
     )
-}
-
-fn audit(action: &str, detail: &str) -> Result<()> {
-    Audit {
-        action,
-        key: None,
-        slot: None,
-        from: None,
-        to: None,
-        detail,
-    }
-    .record()
 }

@@ -43,7 +43,12 @@ pub fn export(key: &str, transport: Option<&RootKey>) -> Result<ExportedKey> {
     } else {
         "under the root keys"
     };
-    audit("export_key", key, &format!("slots: {}, {how}", slots.len()))?;
+    Audit::act(
+        "export_key",
+        Some(key),
+        &format!("slots: {}, {how}", slots.len()),
+    )
+    .record()?;
     Ok(exported)
 }
 
@@ -135,11 +140,12 @@ pub fn import(exported: &ExportedKey, transport: Option<&RootKey>, name: &str) -
     if exported.shredded && existing.is_none() {
         write::mark_shredded(name)?;
     }
-    audit(
+    Audit::act(
         "import_key",
-        name,
+        Some(name),
         &format!("slots: {added}, from key {}", exported.key_name),
-    )?;
+    )
+    .record()?;
     Ok(added)
 }
 
@@ -257,16 +263,4 @@ fn unwrap(exported: &ExportedKey, slot: &ExportedSlot, transport: Option<&RootKe
     }
     let roots: Vec<RootId> = slot.wraps.iter().map(|(root, _)| *root).collect();
     root_key::with_any(&roots, |id, key| open(key, id))?.ok_or_else(wrong)
-}
-
-fn audit(action: &str, key: &str, detail: &str) -> Result<()> {
-    Audit {
-        action,
-        key: Some(key),
-        slot: None,
-        from: None,
-        to: None,
-        detail,
-    }
-    .record()
 }

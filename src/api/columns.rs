@@ -47,18 +47,6 @@ pub(super) fn own(oid: Oid) -> Result<()> {
     ))
 }
 
-pub(super) fn audit(action: &str, detail: &str) -> Result<()> {
-    Audit {
-        action,
-        key: None,
-        slot: None,
-        from: None,
-        to: None,
-        detail,
-    }
-    .record()
-}
-
 /// An open relation with its lock; closed when dropped, the lock stays.
 struct Locked(pg_sys::Relation);
 
@@ -207,7 +195,7 @@ fn register_column(fcinfo: FunctionCallInfo) -> Reply {
             return Err(again());
         }
         touch::follow(oid)?;
-        audit("register_column", &format!("{name}.{column}"))?;
+        Audit::act("register_column", None, &format!("{name}.{column}")).record()?;
         hooks::wake_on_commit();
         Ok(Reply::void())
     })
@@ -231,7 +219,7 @@ fn unregister_column(fcinfo: FunctionCallInfo) -> Reply {
             ));
         }
         touch::follow(oid)?;
-        audit("unregister_column", &format!("{name}.{column}"))?;
+        Audit::act("unregister_column", None, &format!("{name}.{column}")).record()?;
         hooks::wake_on_commit();
         Ok(Reply::void())
     })
@@ -373,7 +361,7 @@ fn pause(fcinfo: FunctionCallInfo) -> Reply {
         let reason = call.required_text(2, "reason")?;
         let by = session::role_name(session::current_user());
         work::pause(table, call.datum(1), &reason, &by)?;
-        audit("pause", &described(table, &reason)?)?;
+        Audit::act("pause", None, &described(table, &reason)?).record()?;
         Ok(Reply::void())
     })
 }
@@ -391,7 +379,7 @@ fn resume(fcinfo: FunctionCallInfo) -> Reply {
             ));
         }
         work::note(table, "", "")?;
-        audit("resume", &described(table, "")?)?;
+        Audit::act("resume", None, &described(table, "")?).record()?;
         hooks::wake_on_commit();
         Ok(Reply::void())
     })
@@ -443,10 +431,12 @@ fn dismiss_quarantine(fcinfo: FunctionCallInfo) -> Reply {
         own(oid)?;
         let by = session::role_name(session::current_user());
         work::dismiss(id, &by, &reason)?;
-        audit(
+        Audit::act(
             "dismiss_quarantine",
+            None,
             &format!("{id} in {}: {reason}", table::name(oid)?),
-        )?;
+        )
+        .record()?;
         hooks::wake_on_commit();
         Ok(Reply::void())
     })

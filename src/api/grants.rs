@@ -103,15 +103,7 @@ fn change(
 fn audit(action: &str, key: &str, role: &str, privileges: &[Privilege]) -> Result<()> {
     let names: Vec<&str> = privileges.iter().map(|p| p.name()).collect();
     let detail = format!("{} on {role}", names.join(", "));
-    Audit {
-        action,
-        key: Some(key),
-        slot: None,
-        from: None,
-        to: None,
-        detail: &detail,
-    }
-    .record()
+    Audit::act(action, Some(key), &detail).record()
 }
 
 #[pg_extern(sql = false)]

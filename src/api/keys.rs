@@ -49,18 +49,6 @@ fn interval(call: &Call, i: usize, name: &str) -> Result<Option<pg_sys::Datum>> 
     Ok(Some(datum))
 }
 
-fn audit(action: &str, key: &str, detail: &str) -> Result<()> {
-    Audit {
-        action,
-        key: Some(key),
-        slot: None,
-        from: None,
-        to: None,
-        detail,
-    }
-    .record()
-}
-
 #[pg_extern(sql = false)]
 fn create_key(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
@@ -157,7 +145,7 @@ fn set_policy(fcinfo: FunctionCallInfo) -> Reply {
         .into_iter()
         .flatten()
         .collect();
-        audit("set_policy", &name, &changed.join(", "))?;
+        Audit::act("set_policy", Some(&name), &changed.join(", ")).record()?;
         Ok(Reply::void())
     })
 }
@@ -245,7 +233,7 @@ fn drop_key(fcinfo: FunctionCallInfo) -> Reply {
             write::transition(slot, SlotState::Destroyed, "drop_key", "key dropped")?;
         }
         write::delete_key(&name)?;
-        audit("drop_key", &name, "")?;
+        Audit::act("drop_key", Some(&name), "").record()?;
         Ok(Reply::void())
     })
 }

@@ -53,15 +53,7 @@ fn init_root_key(fcinfo: FunctionCallInfo) -> Reply {
         let check = root_key::with_any(&[id], |_, key| key.check())?;
         roots::insert(id, &check)?;
         let detail = id.to_string();
-        Audit {
-            action: "init_root_key",
-            key: None,
-            slot: None,
-            from: None,
-            to: None,
-            detail: &detail,
-        }
-        .record()?;
+        Audit::act("init_root_key", None, &detail).record()?;
         if let Source::File(path) = root_key::source()? {
             pgrx::notice!(
                 "copy \"{}\" to every standby and to escrow: without it the data is lost",

@@ -7,9 +7,10 @@
 use pgrx::pg_sys::{self, FunctionCallInfo, Oid};
 use pgrx::prelude::*;
 
-use super::columns::{audit, own};
+use super::columns::own;
 use crate::cache;
 use crate::catalog::touch::{self, NAME};
+use crate::catalog::write::Audit;
 use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
 use crate::ffi::expression::Expression;
@@ -101,7 +102,7 @@ fn enable_touch(fcinfo: FunctionCallInfo) -> Reply {
         }
         install(oid, &leaf, refuse_closed)?;
         let how = if refuse_closed { ", refuse_closed" } else { "" };
-        audit("enable_touch", &format!("{name}{how}"))?;
+        Audit::act("enable_touch", None, &format!("{name}{how}")).record()?;
         Ok(Reply::void())
     })
 }
@@ -121,7 +122,7 @@ fn disable_touch(fcinfo: FunctionCallInfo) -> Reply {
             ));
         }
         touch::remove(oid)?;
-        audit("disable_touch", &name)?;
+        Audit::act("disable_touch", None, &name).record()?;
         Ok(Reply::void())
     })
 }

@@ -37,7 +37,19 @@ pub struct Audit<'a> {
     pub detail: &'a str,
 }
 
-impl Audit<'_> {
+impl<'a> Audit<'a> {
+    /// An act that moves no slot.
+    pub fn act(action: &'a str, key: Option<&'a str>, detail: &'a str) -> Audit<'a> {
+        Audit {
+            action,
+            key,
+            slot: None,
+            from: None,
+            to: None,
+            detail,
+        }
+    }
+
     /// Writes the audit row and the log line.
     pub fn record(&self) -> Result<()> {
         let actor = actor();

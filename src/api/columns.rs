@@ -14,7 +14,7 @@ use crate::catalog::{evidence, read, work};
 use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
 use crate::ffi::expression::Expression;
-use crate::ffi::session::{self, OwnerOf};
+use crate::ffi::session::{self, ActAs};
 use crate::ffi::table::columns_of;
 use crate::ffi::trigger::TriggerCall;
 use crate::ffi::{hooks, relation, scan, table, text};
@@ -139,7 +139,7 @@ fn check(oid: Oid, column: &str, context: &str, fire_triggers: bool) -> Result<i
     let mut contexts: Vec<&str> = contexts.chain([context]).collect();
     contexts.retain(|context| !context.is_empty());
     if !contexts.is_empty() {
-        let _owner = OwnerOf::begin(relation::owner(locked.0), false);
+        let _owner = ActAs::restricted(relation::owner(locked.0));
         for context in contexts {
             Expression::prepare(locked.0, context, &sealed)?;
         }

@@ -3,7 +3,7 @@
 //! Called by the cache (user, transaction, barrier) and by the catalog (acting as the
 //! extension's owner). Guards restore what they changed, also when an error unwinds.
 
-use std::ffi::c_int;
+use std::ffi::{CStr, c_int};
 
 use pgrx::pg_sys;
 
@@ -114,23 +114,46 @@ pub struct ActAs {
     nest: c_int,
 }
 
+/// Settings that hold for whoever acts, whatever the session has set.
+const PINNED: [(&CStr, &CStr); 3] = [
+    (c"search_path", c"pg_catalog, pg_temp"),
+    (c"row_security", c"off"),
+    (c"check_function_bodies", c"off"),
+];
+
 impl ActAs {
     /// Switches to `owner`, remembering the caller.
     pub fn owner(owner: pg_sys::Oid) -> ActAs {
-        ActAs::with(owner, 0)
+        ActAs::with(owner, 0, &[])
     }
 
     /// Switches to the owner of a users' table to run a function of his within somebody else's
     /// statement: it can change neither user nor settings, and leaves nothing behind.
     pub fn restricted(owner: pg_sys::Oid) -> ActAs {
-        ActAs::with(owner, pg_sys::SECURITY_RESTRICTED_OPERATION as c_int)
+        ActAs::with(owner, pg_sys::SECURITY_RESTRICTED_OPERATION as c_int, &[])
     }
 
-    fn with(owner: pg_sys::Oid, flags: c_int) -> ActAs {
+    /// The same, to update rows in his place: what his code (index expressions, constraints,
+    /// triggers) can do, it could do anyway. Triggers fire as on a replica unless `fire_triggers`;
+    /// nobody is waited for longer than lock_timeout. The flags are those of vacuum_rel in
+    /// src/backend/commands/vacuum.c.
+    pub fn updating(owner: pg_sys::Oid, fire_triggers: bool) -> ActAs {
+        let role = if fire_triggers { c"origin" } else { c"replica" };
+        let settings = [
+            (c"session_replication_role", role),
+            (c"lock_timeout", c"500ms"),
+            (c"jit", c"off"),
+        ];
+        let flags = pg_sys::SECURITY_RESTRICTED_OPERATION as c_int;
+        ActAs::with(owner, flags, &settings)
+    }
+
+    fn with(owner: pg_sys::Oid, flags: c_int, settings: &[(&CStr, &CStr)]) -> ActAs {
         let mut user = pg_sys::InvalidOid;
         let mut context = 0;
         // SAFETY: reads two statics, then sets them; the nest level is closed in drop or by the
         // transaction's abort. Same calls as ri_PerformCheck in src/backend/utils/adt/ri_triggers.c.
+        // The settings are the extension's own and not the caller's, hence PGC_SUSET.
         unsafe {
             pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
             let nest = pg_sys::NewGUCNestLevel();
@@ -139,15 +162,11 @@ impl ActAs {
                 context,
                 nest,
             };
-            for (name, value) in [
-                (c"search_path", c"pg_catalog, pg_temp"),
-                (c"row_security", c"off"),
-                (c"check_function_bodies", c"off"),
-            ] {
+            for (name, value) in PINNED.iter().chain(settings) {
                 pg_sys::set_config_option(
                     name.as_ptr(),
                     value.as_ptr(),
-                    pg_sys::GucContext::PGC_USERSET,
+                    pg_sys::GucContext::PGC_SUSET,
                     pg_sys::GucSource::PGC_S_SESSION,
                     pg_sys::GucAction::GUC_ACTION_SAVE,
                     true,
@@ -180,74 +199,6 @@ impl Drop for ActAs {
     }
 }
 
-/// Acts as the owner of a users' table until dropped: what the owner's code (index expressions,
-/// constraints, triggers) can do, it could do anyway.
-///
-/// Triggers fire as on a replica unless `fire_triggers`. Nobody is waited for longer than
-/// `lock_timeout`. Settings go back when dropped, or when the transaction aborts.
-pub struct OwnerOf {
-    user: pg_sys::Oid,
-    context: c_int,
-    nest: c_int,
-}
-
-impl OwnerOf {
-    /// Switches to `owner`.
-    pub fn begin(owner: pg_sys::Oid, fire_triggers: bool) -> OwnerOf {
-        let mut user = pg_sys::InvalidOid;
-        let mut context = 0;
-        let role = if fire_triggers { c"origin" } else { c"replica" };
-        // SAFETY: as in `ActAs::owner`; the flags are those of vacuum_rel in
-        // src/backend/commands/vacuum.c. The settings are the extension's own, hence PGC_SUSET.
-        unsafe {
-            pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
-            let guard = OwnerOf {
-                user,
-                context,
-                nest: pg_sys::NewGUCNestLevel(),
-            };
-            for (name, value) in [
-                (c"session_replication_role", role),
-                (c"search_path", c"pg_catalog, pg_temp"),
-                (c"row_security", c"off"),
-                (c"lock_timeout", c"500ms"),
-                (c"jit", c"off"),
-            ] {
-                pg_sys::set_config_option(
-                    name.as_ptr(),
-                    value.as_ptr(),
-                    pg_sys::GucContext::PGC_SUSET,
-                    pg_sys::GucSource::PGC_S_SESSION,
-                    pg_sys::GucAction::GUC_ACTION_SAVE,
-                    true,
-                    0,
-                    false,
-                );
-            }
-            pg_sys::SetUserIdAndSecContext(
-                owner,
-                context
-                    | pg_sys::SECURITY_RESTRICTED_OPERATION as c_int
-                    | pg_sys::SECURITY_LOCAL_USERID_CHANGE as c_int
-                    | pg_sys::SECURITY_NOFORCE_RLS as c_int,
-            );
-            guard
-        }
-    }
-}
-
-impl Drop for OwnerOf {
-    fn drop(&mut self) {
-        // SAFETY: as in `ActAs`.
-        unsafe {
-            pg_sys::SetUserIdAndSecContext(self.user, self.context);
-            if !std::thread::panicking() {
-                pg_sys::AtEOXact_GUC(false, self.nest);
-            }
-        }
-    }
-}
-
 /// The owner of a table.
 pub fn table_owner(table: pg_sys::Oid) -> pg_sys::Oid {
     // SAFETY: our own table, open while its row is read.
@@ -263,7 +214,7 @@ pub fn table_owner(table: pg_sys::Oid) -> pg_sys::Oid {
 pub fn data_directory() -> std::path::PathBuf {
     use std::os::unix::ffi::OsStrExt;
     // SAFETY: DataDir is a C string that is set before any library loads.
-    let bytes = unsafe { std::ffi::CStr::from_ptr(pg_sys::DataDir) }.to_bytes();
+    let bytes = unsafe { CStr::from_ptr(pg_sys::DataDir) }.to_bytes();
     std::path::PathBuf::from(std::ffi::OsStr::from_bytes(bytes))
 }
 
@@ -298,7 +249,7 @@ pub fn in_extension_script() -> bool {
 }
 
 /// Raises 25006 in a READ ONLY transaction and on a standby.
-pub fn refuse_read_only(function: &std::ffi::CStr) {
+pub fn refuse_read_only(function: &CStr) {
     // SAFETY: a C string for the message.
     unsafe { pg_sys::PreventCommandIfReadOnly(function.as_ptr()) }
 }

@@ -17,7 +17,7 @@ use crate::cache;
 use crate::catalog::work::{self, Failure};
 use crate::error::{Error, Result};
 use crate::ffi::expression::Expression;
-use crate::ffi::session::OwnerOf;
+use crate::ffi::session::ActAs;
 use crate::ffi::subtransaction::{Caught, subtransaction};
 use crate::ffi::table::{Snapshot, Table, Tid, Updated, Updater, columns_of};
 use crate::ffi::text;
@@ -75,7 +75,7 @@ pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report
     if places.is_empty() {
         return Ok(report);
     }
-    let _owner = OwnerOf::begin(table.owner(), leaf.fire_triggers);
+    let _owner = ActAs::updating(table.owner(), leaf.fire_triggers);
     let contexts = leaf
         .columns
         .iter()

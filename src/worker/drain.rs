@@ -263,10 +263,12 @@ impl Drainer {
                 self.findings.insert(leaf.table, later.to_vec());
             }
         }
+        let mut unlisted = 0;
         for failure in &report.failed {
-            work::quarantine(leaf.table, failure)?;
+            unlisted += i64::from(!work::quarantine(leaf.table, failure)?);
         }
         let done = Done {
+            unlisted,
             scanned: report.scanned,
             rewritten: report.rewritten,
             skipped: report.moved + i64::try_from(report.locked.len()).unwrap_or(0),
@@ -390,6 +392,9 @@ impl Drainer {
                     self.prove_again_at = Some(Instant::now() + Duration::from_secs(30));
                 }
                 let count: usize = found.iter().map(|(_, places)| places.len()).sum();
+                for (table, _) in &found {
+                    work::count_unlisted_again(*table)?;
+                }
                 self.findings = found.into_iter().collect();
                 if let Some(only) = self.only {
                     self.findings.retain(|table, _| covers(only, *table));

@@ -118,17 +118,17 @@ impl Drainer {
         }
         let (leaves, troubles) = registry::leaves()?;
         let slots = targets()?;
-        if leaves.is_empty() {
-            return Ok(Step::Idle(work::next_due()?));
-        }
-        if slots.is_empty() {
+        // Where nothing at all is registered nobody has said where values are, and a proof would
+        // be an empty phrase. A registered table that has no partition holds nothing.
+        let silent = leaves.is_empty() && read::registered_columns()?.is_empty();
+        if slots.is_empty() || silent {
             return self.afterwards(&leaves);
         }
         let wave = wave(&slots);
         let mut soonest: Option<(Instant, String)> = None;
         // Tables take turns: one that is large or slow does not keep the others waiting.
         self.turn = self.turn.wrapping_add(1);
-        let first = self.turn % leaves.len();
+        let first = self.turn % leaves.len().max(1);
         for leaf in leaves[first..].iter().chain(&leaves[..first]) {
             if self.only.is_some_and(|only| !covers(only, leaf.table)) {
                 continue;

@@ -233,6 +233,7 @@ impl Drainer {
         let name = table::name(leaf.table)?;
         let size = self.sizes.entry(leaf.table).or_default();
         let mut report;
+        let mut seen = 0;
         let (mut cursor, mut left) = (pass.cursor, pass.left);
         if !due.is_empty() {
             report = retry_rows(leaf, &table, &due)?;
@@ -245,18 +246,18 @@ impl Drainer {
                 cursor = 0;
             }
             let count = size.blocks().min(left).min(blocks - cursor.min(blocks));
-            let range = cursor..cursor + count;
-            report = rewrite::rewrite(leaf, &table, &Source::Blocks(range.clone()))?;
+            let source = Source::Blocks(cursor..cursor + count, size.rows() as usize);
+            report = rewrite::rewrite(leaf, &table, &source)?;
+            let next = report.stopped_at.unwrap_or(cursor + count);
             if report.rewritten > 0 {
-                self.touched.insert(leaf.table, range);
+                self.touched.insert(leaf.table, cursor..next);
             }
-            cursor += count;
-            left = if count == 0 { 0 } else { left - count };
+            seen = next - cursor;
+            cursor = next;
+            left = if count == 0 { 0 } else { left - seen };
         } else {
             let places = self.findings.remove(&leaf.table).unwrap_or_default();
-            let count = places
-                .len()
-                .min(usize::try_from(size.blocks()).unwrap_or(1) * 50);
+            let count = places.len().min(size.rows() as usize);
             let (now, later) = places.split_at(count);
             report = rewrite::rewrite(leaf, &table, &Source::Places(now))?;
             if !later.is_empty() {
@@ -276,6 +277,8 @@ impl Drainer {
         work::advance(leaf.table, cursor, left, &done)?;
         let took = begin.elapsed();
         size.learn(
+            seen,
+            u32::try_from(report.found).unwrap_or(u32::MAX),
             u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
             guc::batch_target_ms(),
         );

@@ -346,6 +346,21 @@ pub fn proof(slot: SlotId) -> Result<Option<Proof>> {
     }))
 }
 
+/// Drained slots whose proof another server or database has made.
+pub fn proved_elsewhere((system, database): (u64, u32)) -> Result<Vec<i64>> {
+    let found = rows(
+        "SELECT slot_id::text FROM rekey.key_slot \
+          WHERE state = 'drained' AND (proof->>'system_identifier', proof->>'database') \
+                IS DISTINCT FROM ($1, $2) ORDER BY slot_id",
+        &[
+            Arg::Text(&system.to_string()),
+            Arg::Text(&database.to_string()),
+        ],
+    )?;
+    let id = |row: &Vec<Option<String>>| row[0].as_deref().and_then(|id| id.parse().ok());
+    Ok(found.iter().filter_map(id).collect())
+}
+
 /// When a superseded slot's grace ends, in words; None when it is past.
 pub fn grace_left(slot: SlotId) -> Result<Option<String>> {
     text(

@@ -64,7 +64,9 @@ fn horizon_passed(slot: SlotId, leaves: &[Leaf]) -> Result<Option<String>> {
     };
     if proof.identity != locks::identity() {
         return Ok(Some(
-            "its proof was made on another server or database, before a restore".to_string(),
+            "its proof was made on another server or database, before a restore; a drained slot is \
+             proved again, a disabled one after enable_slot"
+                .to_string(),
         ));
     }
     for leaf in leaves {
@@ -125,7 +127,16 @@ fn standbys_behind(lsn: &str) -> Result<Option<String>> {
             "standbys have not replayed the proof: {names}"
         )));
     }
-    let silent = sql::bigint(&format!("SELECT count(*) {SILENT}"), &[])?;
+    // One that is disconnected may still run queries, and sends its feedback to its slot.
+    let silent = sql::bigint(
+        &format!(
+            "SELECT (SELECT count(*) {SILENT}) \
+                  + (SELECT count(*) FROM pg_catalog.pg_replication_slots \
+                      WHERE slot_type = 'physical' AND NOT active AND restart_lsn IS NOT NULL \
+                        AND xmin IS NULL)"
+        ),
+        &[],
+    )?;
     let gone = sql::text(
         "SELECT string_agg(slot_name, ', ') FROM pg_catalog.pg_replication_slots \
           WHERE slot_type = 'physical' AND NOT active AND restart_lsn < $1::text::pg_lsn",

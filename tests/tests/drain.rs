@@ -288,7 +288,9 @@ fn a_copy_whose_statement_has_ended_and_whose_transaction_has_not_keeps_the_slot
         old
     });
     let waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
-    wait_until("the statement has its snapshot", || client.number(waits) == 1);
+    wait_until("the statement has its snapshot", || {
+        client.number(waits) == 1
+    });
     reencrypt(&mut client);
     assert_eq!(states(&mut client), ["drained", "active"]);
     client.run("SELECT pg_advisory_unlock(1)");

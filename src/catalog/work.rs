@@ -370,6 +370,21 @@ pub fn proof(slot: SlotId) -> Result<Option<Proof>> {
     }))
 }
 
+/// Drained slots whose proof another server or database has made.
+pub fn proved_elsewhere((system, database): (u64, u32)) -> Result<Vec<i64>> {
+    let found = rows(
+        "SELECT slot_id::text FROM rekey.key_slot \
+          WHERE state = 'drained' AND (proof->>'system_identifier', proof->>'database') \
+                IS DISTINCT FROM ($1, $2) ORDER BY slot_id",
+        &[
+            Arg::Text(&system.to_string()),
+            Arg::Text(&database.to_string()),
+        ],
+    )?;
+    let id = |row: &Vec<Option<String>>| row[0].as_deref().and_then(|id| id.parse().ok());
+    Ok(found.iter().filter_map(id).collect())
+}
+
 /// When a superseded slot's grace ends, in words; None when it is past.
 pub fn grace_left(slot: SlotId) -> Result<Option<String>> {
     text(
@@ -436,6 +451,41 @@ pub fn next_due() -> Result<Option<i64>> {
             SELECT paused_until FROM rekey.pause WHERE paused_until < 'infinity') AS dues \
           HAVING min(due) IS NOT NULL",
         &[],
+    )
+}
+
+/// The transactions of this database, but for this one, that have an id. Out of the lock table: a
+/// session's view of the activity may be an earlier one.
+const WRITERS: &str = "\
+    SELECT l.transactionid::text AS xid, coalesce('pid ' || l.pid, \
+               'prepared transaction ' || quote_literal(p.gid)) AS who \
+      FROM pg_catalog.pg_locks l \
+      LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid \
+      LEFT JOIN pg_catalog.pg_prepared_xacts p \
+             ON p.transaction = l.transactionid AND l.pid IS NULL \
+     WHERE l.locktype = 'transactionid' AND l.mode = 'ExclusiveLock' AND l.granted \
+       AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid() \
+       AND (l.pid IS NULL OR a.datname IS NULL OR a.datname = current_database()) \
+       AND (l.pid IS NOT NULL OR p.database = current_database())";
+
+/// Every transaction of this database that has written something by now.
+pub fn writers() -> Result<Vec<String>> {
+    run("SELECT pg_catalog.pg_stat_clear_snapshot()", &[])?;
+    let found = rows(&format!("SELECT xid FROM ({WRITERS}) AS w"), &[])?;
+    Ok(found
+        .into_iter()
+        .filter_map(|mut row| row[0].take())
+        .collect())
+}
+
+/// Those of them that have not ended, as people name them; None: none.
+pub fn name_writers(writers: &[String]) -> Result<Option<String>> {
+    text(
+        &format!(
+            "SELECT string_agg(DISTINCT who, ', ') FROM ({WRITERS}) AS w \
+              WHERE xid = ANY ($1::text[])"
+        ),
+        &[Arg::Text(&format!("{{{}}}", writers.join(",")))],
     )
 }
 

@@ -484,6 +484,13 @@ impl Drainer {
         if !self.proves || self.only.is_some() {
             return Ok(Step::Idle(None));
         }
+        let voided = void_proofs_made_elsewhere()?;
+        if voided > 0 {
+            return Ok(Step::Worked(Worked {
+                what: format!("{voided} slots are proved again after a restore"),
+                ..Worked::default()
+            }));
+        }
         for (id, action) in work::after_drain()? {
             let slot = lifecycle::slot(id)?;
             match ending::may_go(&slot, leaves, action == "destroy", self.ratio())? {
@@ -618,6 +625,21 @@ fn wave(slots: &[SlotRow]) -> String {
         (slot.id.get(), slot.superseded_at).hash(&mut hasher);
     }
     format!("{:016x}", hasher.finish())
+}
+
+/// After a restore or a copy what was proved there says nothing of the tables here: such slots
+/// await a proof again. Returns how many.
+fn void_proofs_made_elsewhere() -> Result<usize> {
+    let mut voided = 0;
+    for id in work::proved_elsewhere(locks::identity())? {
+        lifecycle::lock(&lifecycle::slot(id)?.key_name)?;
+        let slot = lifecycle::slot(id)?;
+        if slot.state == SlotState::Drained {
+            write::transition(&slot, SlotState::Previous, "void_proof", "")?;
+            voided += 1;
+        }
+    }
+    Ok(voided)
 }
 
 /// Marks the proved slots as drained: those that are what they were when the proof began.

@@ -276,6 +276,40 @@ fn an_old_snapshot_that_copies_a_stale_row_after_a_clean_scan_keeps_the_slot() {
 }
 
 #[test]
+fn a_copy_whose_statement_has_ended_and_whose_transaction_has_not_keeps_the_slot() {
+    let database = database("uncommitted_copy");
+    let (mut old, mut client) = (database.connect(), database.connect());
+    client.run("CREATE TABLE copy (LIKE t); SELECT rekey.register_column('copy', 'c')");
+    client.run("SELECT rotate_key('pii'); SELECT pg_advisory_lock(1)");
+    let copying = std::thread::spawn(move || {
+        // READ COMMITTED: its snapshot goes with the statement. Its transaction id is younger than
+        // the proof: it gets one with the first row, behind the lock.
+        old.run("BEGIN; INSERT INTO copy SELECT t.* FROM (SELECT pg_advisory_xact_lock(1)) l, t");
+        old
+    });
+    let waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+    wait_until("the statement has its snapshot", || {
+        client.number(waits) == 1
+    });
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    client.run("SELECT pg_advisory_unlock(1)");
+    let mut old = copying.join().expect("the copy");
+    let slot = old_slot(&mut client);
+    let pid = old.number("SELECT pg_backend_pid()");
+    refused(&mut client, "disable_slot", &slot, &format!("pid {pid}"));
+    // Prepared, it is as little at its end.
+    old.run("PREPARE TRANSACTION 'copy'");
+    refused(&mut client, "destroy_slot", &slot, "'copy'");
+    old.run("COMMIT PREPARED 'copy'");
+    refused(&mut client, "destroy_slot", &slot, "public.copy (10 rows)");
+    assert_eq!(
+        client.number("SELECT count(*) FROM copy WHERE decrypt_col(c) = shadow"),
+        10
+    );
+}
+
+#[test]
 fn an_update_of_another_column_behind_the_cursor_is_found_by_the_proof() {
     let database = database("behind");
     let (mut old, mut client) = (database.connect(), database.connect());

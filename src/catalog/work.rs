@@ -56,8 +56,8 @@ pub fn begin_pass(table: Oid, pass: &Pass) -> Result<()> {
          VALUES ($1::oid::regclass, $2, $3, $4, $5, $5) \
          ON CONFLICT (table_name) DO UPDATE SET file_node = $2, wave = $3, cursor_block = $4, \
              blocks_left = $5, blocks_total = $5, rows_scanned = 0, rows_rewritten = 0, \
-             rows_skipped = 0, rows_unlisted = 0, phase = 'pass', note = '', started_at = clock_timestamp(), \
-             updated_at = clock_timestamp()",
+             rows_skipped = 0, rows_unlisted = 0, phase = 'pass', note = '', \
+             started_at = clock_timestamp(), updated_at = clock_timestamp()",
         &[
             Arg::Oid(table),
             Arg::Oid(pass.file),
@@ -218,9 +218,9 @@ pub struct Failure {
 /// the same.
 const LISTED: i64 = 1000;
 
-/// Lists a failed row, or counts one more try of it; false when there is no room for it. The row is known by the heads of its
-/// envelopes, which no other value has: a dismissal never excuses another row that has come to lie
-/// in its place, and follows its own wherever it moves.
+/// Lists a failed row, or counts one more try of it; false when there is no room for it. The row is
+/// known by the heads of its envelopes, which no other value has: a dismissal never excuses another
+/// row that has come to lie in its place, and follows its own wherever it moves.
 pub fn quarantine(table: Oid, failure: &Failure) -> Result<bool> {
     if failure.heads.is_empty() {
         return Ok(true); // the row has changed meanwhile

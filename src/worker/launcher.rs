@@ -177,7 +177,8 @@ fn visit() {
                 failures = 0;
                 background::report(&worked.what);
                 let facts = Facts {
-                    worked_ms,
+                    // The scan of a proof has rested already.
+                    worked_ms: worked.table.map_or(0, |_| worked_ms),
                     wal_bytes: background::wal_written() - wal,
                     ..Facts::default()
                 };

@@ -285,7 +285,7 @@ COMMENT ON FUNCTION rekey.envelope_places() IS
     'What find_envelopes returns, as JSON';
 
 CREATE FUNCTION rekey.find_envelopes() RETURNS TABLE (table_name text, column_name text, slot_id bigint, envelopes bigint)
-    LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT p.table_name, p.column_name, p.slot_id, p.envelopes
       FROM pg_catalog.jsonb_to_recordset(rekey.envelope_places()::jsonb)
            AS p(table_name text, column_name text, slot_id bigint, envelopes bigint)

@@ -104,7 +104,8 @@ SELECT p.table_name,
        p.rows_rewritten,
        p.rows_skipped,
        (SELECT count(*) FROM rekey.quarantine q
-         WHERE q.table_name = p.table_name AND q.dismissed_at IS NULL) AS rows_quarantined,
+         WHERE q.table_name = p.table_name AND q.dismissed_at IS NULL)
+           + p.rows_unlisted AS rows_quarantined,
        CASE WHEN p.updated_at > p.started_at THEN
            (p.rows_scanned / extract(epoch FROM p.updated_at - p.started_at))::bigint
        END AS rows_per_second,
@@ -213,7 +214,7 @@ COMMENT ON COLUMN rekey.progress.bar IS 'The same as a bar';
 COMMENT ON COLUMN rekey.progress.rows_scanned IS 'Rows looked at';
 COMMENT ON COLUMN rekey.progress.rows_rewritten IS 'Rows re-encrypted';
 COMMENT ON COLUMN rekey.progress.rows_skipped IS 'Rows that somebody else had locked, looked at again later';
-COMMENT ON COLUMN rekey.progress.rows_quarantined IS 'Rows under quarantine, see rekey.errors';
+COMMENT ON COLUMN rekey.progress.rows_quarantined IS 'Rows under quarantine; rekey.errors lists 1,000 of them';
 COMMENT ON COLUMN rekey.progress.rows_per_second IS 'Rows looked at per second since the pass began, rests included';
 COMMENT ON COLUMN rekey.progress.time_left IS 'Time that the rest of the pass takes at this speed';
 COMMENT ON COLUMN rekey.progress.waits_for IS 'What it waits for: a session by pid, a prepared transaction by its gid, a lock, a pause';

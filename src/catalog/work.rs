@@ -56,7 +56,7 @@ pub fn begin_pass(table: Oid, pass: &Pass) -> Result<()> {
          VALUES ($1::oid::regclass, $2, $3, $4, $5, $5) \
          ON CONFLICT (table_name) DO UPDATE SET file_node = $2, wave = $3, cursor_block = $4, \
              blocks_left = $5, blocks_total = $5, rows_scanned = 0, rows_rewritten = 0, \
-             rows_skipped = 0, phase = 'pass', note = '', started_at = clock_timestamp(), \
+             rows_skipped = 0, rows_unlisted = 0, phase = 'pass', note = '', started_at = clock_timestamp(), \
              updated_at = clock_timestamp()",
         &[
             Arg::Oid(table),
@@ -78,6 +78,8 @@ pub struct Done {
     pub rewritten: i64,
     /// Rows that somebody else had.
     pub skipped: i64,
+    /// Rows that failed and that the quarantine has no room for.
+    pub unlisted: i64,
 }
 
 /// Moves the cursor behind a batch.
@@ -85,7 +87,8 @@ pub fn advance(table: Oid, cursor: u32, left: u32, done: &Done) -> Result<()> {
     run(
         "UPDATE rekey.progress_state SET cursor_block = $2, blocks_left = $3, \
              rows_scanned = rows_scanned + $4, rows_rewritten = rows_rewritten + $5, \
-             rows_skipped = rows_skipped + $6, phase = 'pass', note = '', \
+             rows_skipped = rows_skipped + $6, rows_unlisted = rows_unlisted + $7, \
+             phase = 'pass', note = '', \
              updated_at = clock_timestamp() \
          WHERE table_name = $1::oid::regclass",
         &[
@@ -95,6 +98,7 @@ pub fn advance(table: Oid, cursor: u32, left: u32, done: &Done) -> Result<()> {
             Arg::Bigint(done.scanned),
             Arg::Bigint(done.rewritten),
             Arg::Bigint(done.skipped),
+            Arg::Bigint(done.unlisted),
         ],
     )
     .map(|_| ())
@@ -210,15 +214,16 @@ pub struct Failure {
     pub heads: Vec<Head>,
 }
 
-/// At most so many rows of one table are listed; those beyond block the proof all the same.
+/// At most so many rows of one table are listed; those beyond are counted, and block the proof all
+/// the same.
 const LISTED: i64 = 1000;
 
-/// Lists a failed row, or counts one more try of it. The row is known by the heads of its
+/// Lists a failed row, or counts one more try of it; false when there is no room for it. The row is known by the heads of its
 /// envelopes, which no other value has: a dismissal never excuses another row that has come to lie
 /// in its place, and follows its own wherever it moves.
-pub fn quarantine(table: Oid, failure: &Failure) -> Result<()> {
+pub fn quarantine(table: Oid, failure: &Failure) -> Result<bool> {
     if failure.heads.is_empty() {
-        return Ok(()); // the row has changed meanwhile
+        return Ok(true); // the row has changed meanwhile
     }
     run(
         "INSERT INTO rekey.quarantine AS q \
@@ -242,6 +247,19 @@ pub fn quarantine(table: Oid, failure: &Failure) -> Result<()> {
             Arg::Bigint(LISTED),
             Arg::Bytea(&failure.heads.concat()),
         ],
+    )
+    .map(|listed| listed > 0)
+}
+
+/// A proof has found rows that are tried again now: when the quarantine has been emptied, they are
+/// those that it had no room for.
+pub fn count_unlisted_again(table: Oid) -> Result<()> {
+    run(
+        "UPDATE rekey.progress_state p SET rows_unlisted = 0 \
+          WHERE table_name = $1::oid::regclass AND rows_unlisted > 0 \
+            AND NOT EXISTS (SELECT FROM rekey.quarantine q \
+                 WHERE q.table_name = p.table_name AND q.dismissed_at IS NULL)",
+        &[Arg::Oid(table)],
     )
     .map(|_| ())
 }

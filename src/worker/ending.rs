@@ -13,7 +13,7 @@ use rekey_core::envelope::{Header, SlotId};
 use super::elsewhere;
 use super::proof::{self, Verdict};
 use crate::catalog::read::SlotRow;
-use crate::catalog::work;
+use crate::catalog::{self, work};
 use crate::error::Result;
 use crate::ffi::table::{self, Table};
 use crate::ffi::{locks, session, sql};
@@ -113,9 +113,11 @@ fn horizon_passed(slot: SlotId, leaves: &[Leaf]) -> Result<Option<String>> {
                 .to_string(),
         ));
     }
-    for leaf in leaves {
-        let Some(table) = Table::open_for_scan(leaf.table) else {
-            return Ok(Some(format!("{} is locked", table::name(leaf.table)?)));
+    // Our own table stands for those that were registered when the proof was made.
+    let tables = leaves.iter().map(|leaf| leaf.table);
+    for oid in tables.chain([catalog::registered_column()?]) {
+        let Some(table) = Table::open_for_scan(oid) else {
+            return Ok(Some(format!("{} is locked", table::name(oid)?)));
         };
         if locks::oldest_visible(&table) < proof.horizon {
             drop(table);

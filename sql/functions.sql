@@ -336,6 +336,12 @@ CREATE FUNCTION rekey.table_visible(table_name regclass) RETURNS boolean
 COMMENT ON FUNCTION rekey.table_visible(regclass) IS
     'Whether the views show a table''s re-encryption to the current user: its owner and pg_monitor';
 
+CREATE FUNCTION rekey.proof_scan(table_name regclass, OUT since timestamptz, OUT blocks_done bigint,
+        OUT blocks bigint) RETURNS record
+    LANGUAGE c VOLATILE PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'proof_scan_wrapper';
+COMMENT ON FUNCTION rekey.proof_scan(regclass) IS
+    'Since when the worker scans for a proof, and how far it is in the table it is at (for its owner and pg_monitor)';
+
 CREATE FUNCTION rekey.evidence(key_name text DEFAULT '', since timestamptz DEFAULT NULL) RETURNS jsonb
     LANGUAGE c STABLE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'evidence_wrapper';
 COMMENT ON FUNCTION rekey.evidence(text, timestamptz) IS

@@ -124,6 +124,15 @@ pub struct Limits {
     pub free_disk_mb: Option<u64>,
 }
 
+/// Rest after `worked_ms` of work, so that work takes the share `ratio` of the time.
+#[must_use]
+pub fn rest_ms(worked_ms: u64, ratio: f64) -> u64 {
+    #[allow(clippy::cast_precision_loss, clippy::cast_sign_loss)]
+    #[allow(clippy::cast_possible_truncation, reason = "milliseconds of one batch")]
+    let rest = (worked_ms as f64 * (1.0 / ratio.clamp(0.01, 1.0) - 1.0)) as u64;
+    rest
+}
+
 /// How long to rest before the next batch, and why; None: no rest. What endangers the server rests
 /// for a second and is looked at again.
 #[must_use]
@@ -152,10 +161,7 @@ pub fn rest(facts: &Facts, limits: &Limits) -> Option<(u64, Brake)> {
     if let Some((_, brake)) = alarms.into_iter().find(|(raised, _)| *raised) {
         return Some((LOOK_AGAIN_MS, brake));
     }
-    let ratio = limits.work_ratio.clamp(0.01, 1.0);
-    #[allow(clippy::cast_precision_loss, clippy::cast_sign_loss)]
-    #[allow(clippy::cast_possible_truncation, reason = "milliseconds of one batch")]
-    let by_ratio = (facts.worked_ms as f64 * (1.0 / ratio - 1.0)) as u64;
+    let by_ratio = rest_ms(facts.worked_ms, limits.work_ratio);
     let by_wal = limits.wal_rate.map_or(0, |rate| {
         (facts.wal_bytes.saturating_mul(1000) / rate.max(1)).saturating_sub(facts.worked_ms)
     });

@@ -17,7 +17,7 @@ use crate::ffi::expression::Expression;
 use crate::ffi::session::{self, ActAs};
 use crate::ffi::table::columns_of;
 use crate::ffi::trigger::TriggerCall;
-use crate::ffi::{hooks, relation, scan, table, text};
+use crate::ffi::{background, hooks, relation, scan, shared, table, text};
 use crate::registry;
 use crate::worker::drain::{Drainer, Step};
 use crate::worker::elsewhere;
@@ -456,6 +456,25 @@ fn table_visible(fcinfo: FunctionCallInfo) -> Reply {
         let visible = super::grants::monitors(user)
             || relation::exists(oid) && relation::is_owned_by(oid, user);
         Ok(Reply::bool(visible))
+    })
+}
+
+/// For rekey.progress: the scan of a proof that the worker of this database makes.
+#[pg_extern(sql = false)]
+fn proof_scan(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let oid = call.required_oid(0, "table_name")?;
+        let user = session::current_user();
+        let visible = super::grants::monitors(user)
+            || relation::exists(oid) && relation::is_owned_by(oid, user);
+        let scan = shared::scan_in(background::database()).filter(|_| visible);
+        let here = scan.filter(|scan| scan.table == oid.to_u32());
+        let blocks = |count: u32| pg_sys::Datum::from(i64::from(count));
+        Ok(call.record(&mut [
+            scan.map(|scan| pg_sys::Datum::from(scan.since)),
+            here.map(|scan| blocks(scan.done)),
+            here.map(|scan| blocks(scan.blocks)),
+        ]))
     })
 }
 

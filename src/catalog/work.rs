@@ -112,6 +112,12 @@ pub fn note(table: Oid, phase: &str, note: &str) -> Result<()> {
     .map(|_| ())
 }
 
+/// The passes that served `from` serve `to` as well: slots of it are left, others are drained.
+pub fn rename_wave(from: &str, to: &str) -> Result<()> {
+    let sql = "UPDATE rekey.progress_state SET wave = $2 WHERE wave = $1";
+    run(sql, &[Arg::Text(from), Arg::Text(to)]).map(|_| ())
+}
+
 /// Forgets tables that are gone or not registered any more.
 pub fn forget_others(tables: &[Oid]) -> Result<()> {
     let list = tables.iter().map(|oid| oid.to_u32().to_string());
@@ -273,13 +279,13 @@ pub fn forget_places(table: Oid) -> Result<()> {
     run(sql, &[Arg::Oid(table)]).map(|_| ())
 }
 
-/// The envelopes of a table that somebody has decided to do without.
-pub fn dismissed(table: Oid) -> Result<HashSet<Head>> {
+/// The envelopes of a table that are under quarantine, or that somebody has decided to do without.
+pub fn heads(table: Oid, dismissed: bool) -> Result<HashSet<Head>> {
     let found = rows(
         "SELECT encode(substr(heads, 1 + 34 * i, 34), 'hex') FROM rekey.quarantine, \
                 generate_series(0, octet_length(heads) / 34 - 1) AS i \
-          WHERE table_name = $1::oid::regclass AND dismissed_at IS NOT NULL",
-        &[Arg::Oid(table)],
+          WHERE table_name = $1::oid::regclass AND (dismissed_at IS NOT NULL) = $2",
+        &[Arg::Oid(table), Arg::Bool(Some(dismissed))],
     )?;
     let head = |row: &Vec<Option<String>>| {
         let hex = row[0].as_deref()?;

@@ -13,7 +13,7 @@ use rekey_core::keyring::SlotState;
 use rekey_core::schedule::BatchSize;
 
 use super::barrier::Barrier;
-use super::ending;
+use super::ending::{self, Quarantine};
 use super::proof::{self, Verdict};
 use super::rewrite::{self, Report, Source};
 use crate::catalog::read::{self, SlotRow};
@@ -24,7 +24,7 @@ use crate::ffi::table::{self, Table, Tid};
 use crate::ffi::{locks, shared};
 use crate::registry::{self, Leaf};
 use crate::stale::{self, Standing};
-use crate::{cache, guc, lifecycle};
+use crate::{cache, failpoint, guc, lifecycle};
 
 /// What a step did, or what to wait for.
 pub enum Step {
@@ -60,7 +60,8 @@ pub struct Drainer {
     prove_again_at: Option<Instant>,
     current: Option<Oid>,
     turn: usize,
-    by_age: bool,
+    background: bool,
+    proofs_too_old: u32,
     ages_read_at: Option<Instant>,
 }
 
@@ -82,14 +83,16 @@ impl Drainer {
             prove_again_at: None,
             current: None,
             turn: 0,
-            by_age: false,
+            background: false,
+            proofs_too_old: 0,
             ages_read_at: None,
         }
     }
 
-    /// Also rotates keys that have passed their longest life.
-    pub fn by_age(mut self) -> Drainer {
-        self.by_age = true;
+    /// As the worker does it: at the pace of rekey.work_ratio, and it also rotates keys that have
+    /// passed their longest life.
+    pub fn in_background(mut self) -> Drainer {
+        self.background = true;
         self
     }
 
@@ -109,6 +112,7 @@ impl Drainer {
     /// Does the next thing, in the caller's transaction, which it then commits.
     pub fn step(&mut self) -> Result<Step> {
         self.current = None;
+        failpoint::reach("step.begun")?;
         if let Some(key) = self.key_of_age()? {
             let slot = lifecycle::rotate(&key, "max_age reached")?;
             return Ok(Step::Worked(Worked {
@@ -180,7 +184,7 @@ impl Drainer {
     fn key_of_age(&mut self) -> Result<Option<String>> {
         const EVERY: Duration = Duration::from_secs(10);
         let waiting = self.barrier.as_mut().map_or(Ok(None), Barrier::waits_for)?;
-        if !self.by_age || waiting.is_some() {
+        if !self.background || waiting.is_some() {
             return Ok(None);
         }
         if self.ages_read_at.is_some_and(|at| at.elapsed() < EVERY) {
@@ -271,7 +275,9 @@ impl Drainer {
             rewritten: report.rewritten,
             skipped: report.moved + i64::try_from(report.locked.len()).unwrap_or(0),
         };
+        failpoint::reach("batch.rewritten")?;
         work::advance(leaf.table, cursor, left, &done)?;
+        failpoint::reach("batch.advanced")?;
         let took = begin.elapsed();
         size.learn(
             u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
@@ -321,6 +327,7 @@ impl Drainer {
                     left: table.blocks(),
                 };
                 work::begin_pass(table.oid(), &pass)?;
+                failpoint::reach("pass.begun")?;
                 Ok(pass)
             }
         }
@@ -355,6 +362,7 @@ impl Drainer {
             .is_some_and(|barrier| barrier.serves(wave))
         {
             self.barrier = Some(Barrier::capture(wave, slots)?);
+            failpoint::reach("barrier.captured")?;
         }
         if let Some(barrier) = &mut self.barrier
             && let Some(who) = barrier.waits_for()?
@@ -363,24 +371,31 @@ impl Drainer {
             work::note(all, "barrier", &why)?;
             return Ok(Step::Wait(Duration::from_millis(200), why));
         }
-        let mut blocked = 0;
-        for leaf in leaves {
-            blocked += work::quarantined(leaf.table)?;
-        }
-        if blocked > 0 {
-            work::note(
-                all,
-                "proof",
-                &format!("{blocked} rows are under quarantine"),
-            )?;
+        failpoint::reach("barrier.passed")?;
+        let quarantine = Quarantine::of(leaves)?;
+        let free: Vec<SlotRow> = slots
+            .iter()
+            .filter(|slot| !quarantine.holds(slot.id))
+            .cloned()
+            .collect();
+        if free.is_empty() {
+            let mut rows = 0;
+            for leaf in leaves {
+                rows += work::quarantined(leaf.table)?;
+            }
+            let why = format!("{rows} rows are under quarantine");
+            work::note(all, "proof", &why)?;
             return self.afterwards(leaves);
         }
-        let verdict = proof::prove(leaves, slots)?;
+        let ratio = self.ratio().filter(|_| self.proofs_too_old == 0);
+        let verdict = proof::prove(leaves, &free, ratio)?;
         let what = match verdict {
             Verdict::Clean(proof) => {
-                let drained = drain(slots, &proof)?;
+                let drained = drain(&free, &proof)?;
                 work::note(all, "done", "")?;
                 self.proofs_failed = 0;
+                self.proofs_too_old = 0;
+                self.keep_passes(slots, wave)?;
                 format!("proved: {drained} of {} slots are drained", slots.len())
             }
             Verdict::Stale(found) => {
@@ -406,11 +421,44 @@ impl Drainer {
                 work::note(all, "proof", &why)?;
                 format!("no proof: {why}")
             }
+            Verdict::TooOld(why) => {
+                // Once more without rests; then whoever looks at the progress has to decide.
+                self.proofs_too_old += 1;
+                if self.proofs_too_old > 1 {
+                    self.prove_again_at = Some(Instant::now() + Duration::from_secs(600));
+                }
+                work::note(all, "proof", &why)?;
+                format!("no proof: {why}")
+            }
         };
         Ok(Step::Worked(Worked {
             what,
             ..Worked::default()
         }))
+    }
+
+    /// The share of the time to work, in the background.
+    fn ratio(&self) -> Option<f64> {
+        self.background.then(guc::work_ratio)
+    }
+
+    /// What is left of a wave when some of its slots are drained needs no other pass and no other
+    /// barrier.
+    fn keep_passes(&mut self, slots: &[SlotRow], wave_before: &str) -> Result<()> {
+        let left = targets()?;
+        let is_of_it = |slot: &SlotRow| {
+            slots
+                .iter()
+                .any(|s| (s.id, s.superseded_at) == (slot.id, slot.superseded_at))
+        };
+        if !left.is_empty() && left.iter().all(is_of_it) {
+            let wave = wave(&left);
+            work::rename_wave(wave_before, &wave)?;
+            if let Some(barrier) = &mut self.barrier {
+                barrier.goes_on_for(&wave);
+            }
+        }
+        Ok(())
     }
 
     /// What follows a drain, and retries of rows under quarantine, when no slot awaits a proof.
@@ -430,7 +478,7 @@ impl Drainer {
         }
         for (id, action) in work::after_drain()? {
             let slot = lifecycle::slot(id)?;
-            match ending::may_go(&slot, leaves, action == "destroy")? {
+            match ending::may_go(&slot, leaves, action == "destroy", self.ratio())? {
                 None => {
                     // Under the key's lock: another session may have moved the slot meanwhile.
                     lifecycle::lock(&slot.key_name)?;
@@ -444,6 +492,7 @@ impl Drainer {
                         SlotState::Disabled
                     };
                     write::transition(&slot, to, "after_drain", "")?;
+                    failpoint::reach("slot.ended")?;
                     return Ok(Step::Worked(Worked {
                         what: format!("slot {id} is {to}"),
                         ..Worked::default()
@@ -574,6 +623,7 @@ fn drain(slots: &[SlotRow], proof: &str) -> Result<usize> {
         }
         work::keep_proof(slot.id, proof)?;
         write::transition(&now, SlotState::Drained, "drain", "")?;
+        failpoint::reach("slot.drained")?;
         drained += 1;
     }
     Ok(drained)

@@ -4,7 +4,9 @@
 //! I8: nothing that is older than the proof's horizon is left when the second scan begins, so that
 //! what it finds is all that will ever be copied.
 
-use rekey_core::envelope::SlotId;
+use std::collections::HashSet;
+
+use rekey_core::envelope::{Header, SlotId};
 
 use super::elsewhere;
 use super::proof::{self, Verdict};
@@ -13,19 +15,24 @@ use crate::catalog::work;
 use crate::error::Result;
 use crate::ffi::table::{self, Table};
 use crate::ffi::{locks, sql};
-use crate::guc;
 use crate::registry::Leaf;
+use crate::stale::{self, Standing};
+use crate::{failpoint, guc};
 
 /// Whether a drained slot may be disabled or destroyed now; None for yes, else why not. Makes the
 /// second scan: transactions older than the first one may have copied what they saw.
-pub fn may_go(slot: &SlotRow, leaves: &[Leaf], destroy: bool) -> Result<Option<String>> {
+pub fn may_go(
+    slot: &SlotRow,
+    leaves: &[Leaf],
+    destroy: bool,
+    ratio: Option<f64>,
+) -> Result<Option<String>> {
     if let Some(until) = work::grace_left(slot.id)? {
         return Ok(Some(format!("its grace lasts until {until}")));
     }
     for leaf in leaves {
-        let count = work::quarantined(leaf.table)?;
-        if count > 0 {
-            let name = table::name(leaf.table)?;
+        if Quarantine::of(std::slice::from_ref(leaf))?.holds(slot.id) {
+            let (name, count) = (table::name(leaf.table)?, work::quarantined(leaf.table)?);
             return Ok(Some(format!("{name} has {count} rows under quarantine")));
         }
     }
@@ -33,7 +40,7 @@ pub fn may_go(slot: &SlotRow, leaves: &[Leaf], destroy: bool) -> Result<Option<S
         return Ok(Some(why));
     }
     let one = std::slice::from_ref(slot);
-    match proof::prove(leaves, one)? {
+    match proof::prove(leaves, one, ratio)? {
         Verdict::Clean(_) => {}
         Verdict::Stale(found) => {
             let mut places = Vec::new();
@@ -46,14 +53,44 @@ pub fn may_go(slot: &SlotRow, leaves: &[Leaf], destroy: bool) -> Result<Option<S
             )));
         }
         Verdict::Changed(table) => return Ok(Some(format!("{table} changed meanwhile"))),
-        Verdict::Unfinished(why) => return Ok(Some(why)),
+        Verdict::Unfinished(why) | Verdict::TooOld(why) => return Ok(Some(why)),
     }
+    failpoint::reach("end.scanned")?;
     if destroy && let Some(places) = elsewhere::of_slot(slot.id)? {
         return Ok(Some(format!(
             "unregistered columns hold values of it: {places}"
         )));
     }
     Ok(None)
+}
+
+/// The slots that rows under quarantine name, which nobody has dismissed.
+pub struct Quarantine {
+    slots: HashSet<SlotId>,
+    unknown: bool,
+}
+
+impl Quarantine {
+    /// That of these tables.
+    pub fn of(leaves: &[Leaf]) -> Result<Quarantine> {
+        let known = stale::slots()?;
+        let mut slots = HashSet::new();
+        for leaf in leaves {
+            for head in work::heads(leaf.table, false)? {
+                slots.extend(Header::parse(&head).ok().map(|header| header.slot));
+            }
+        }
+        let unknown = slots
+            .iter()
+            .any(|slot| known.standing(*slot) == Standing::Unknown);
+        Ok(Quarantine { slots, unknown })
+    }
+
+    /// Whether a row stands in the way of a slot's proof: one that names it, or one that names no
+    /// slot of this database, whose header may have been altered.
+    pub fn holds(&self, slot: SlotId) -> bool {
+        self.unknown || self.slots.contains(&slot)
+    }
 }
 
 /// Whether everything that could have copied a stale value past the proof is gone: 55000 says what

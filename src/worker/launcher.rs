@@ -152,7 +152,7 @@ fn visit() {
         shared::finish(database, None);
         return;
     }
-    let mut drainer = Drainer::new(None, true).by_age();
+    let mut drainer = Drainer::new(None, true).in_background();
     for entry in shared::entries() {
         let suspects = entry.suspects.iter().filter(|(table, _)| *table != 0);
         for (table, deaths) in suspects.filter(|_| entry.database == database) {

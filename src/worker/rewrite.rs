@@ -13,7 +13,6 @@ use std::time::Instant;
 use pgrx::{PgSqlErrorCode as Code, pg_sys};
 use rekey_core::envelope::{Header, SlotId};
 
-use crate::cache;
 use crate::catalog::work::{self, Failure};
 use crate::error::{Error, Result};
 use crate::ffi::expression::Expression;
@@ -24,6 +23,7 @@ use crate::ffi::text;
 use crate::ffi::timer::Limit;
 use crate::registry::Leaf;
 use crate::stale::{self, Head, Slots, Standing};
+use crate::{cache, failpoint};
 
 /// Longest time that the owner's code may take for one try, in milliseconds; once it was too long,
 /// for one row.
@@ -61,7 +61,7 @@ pub struct Report {
 pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report> {
     let mut report = Report::default();
     let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
-    let dismissed = work::dismissed(leaf.table)?;
+    let dismissed = work::heads(leaf.table, true)?;
     let places = match source {
         Source::Places(places) => places.to_vec(),
         Source::Blocks(blocks) => find(
@@ -244,6 +244,7 @@ impl Job<'_> {
                 attempt.failed.extend(bad.failure(place));
             }
             updater.finish();
+            failpoint::reach("rows.updated")?;
             Ok(attempt)
         });
         let passed = limit.passed();

@@ -21,6 +21,9 @@ use crate::{Ask, wait_until};
 /// The port in the socket's name; sockets of different clusters lie in different folders.
 const PORT: u16 = 5432;
 
+/// The advisory lock for which a failpoint waits, in the database of whoever reaches it.
+pub const GATE: i64 = 0x72_656b_6579;
+
 /// How each data directory is made.
 const INITDB: [&str; 8] = [
     "-U",
@@ -319,6 +322,28 @@ impl Cluster {
     /// kill -9 of one backend; the postmaster restarts everything.
     pub fn kill_backend(&self, pid: i64) {
         signal("KILL", &pid.to_string());
+    }
+
+    /// Has the next process that reaches a boundary of the engine `kill` itself, fail by an `error`
+    /// or `wait` for [`GATE`], once (src/failpoint.rs, debug builds).
+    pub fn arm(&self, boundary: &str, action: &str) {
+        let draft = self.data().join("rekey.failpoint.draft");
+        self.write_file(&draft, format!("{boundary} {action}").as_bytes(), 0o600);
+        fs::rename(draft, self.failpoint()).expect("an armed failpoint");
+    }
+
+    /// Whether nobody has reached what was armed.
+    pub fn is_armed(&self) -> bool {
+        self.failpoint().exists()
+    }
+
+    /// Takes back what was armed; false when somebody has reached it.
+    pub fn disarm(&self) -> bool {
+        fs::remove_file(self.failpoint()).is_ok()
+    }
+
+    fn failpoint(&self) -> PathBuf {
+        self.data().join("rekey.failpoint")
     }
 
     /// Runs one of PostgreSQL's client programs against this cluster; its output, whatever its end.

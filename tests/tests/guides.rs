@@ -42,6 +42,23 @@ fn replayed(primary: &mut Client, standby: &mut Client) {
 }
 
 #[test]
+fn rotation() {
+    let cluster = by_hand();
+    let mut client = cluster.database("app").connect();
+    let mut page = Page::open("rotation.md");
+    page.steps(3, &cluster, "app");
+    client.run(
+        "UPDATE customer SET email = set_byte(email, 40, get_byte(email, 40) # 1)
+          WHERE id IN (12, 13)",
+    );
+    page.steps(3, &cluster, "app");
+    client.run("CALL rekey.reencrypt()");
+    page.steps(4, &cluster, "app");
+    client.run("CALL rekey.reencrypt()");
+    page.rest(&cluster, "app");
+}
+
+#[test]
 fn permissions() {
     let cluster = by_hand();
     cluster.database("app");

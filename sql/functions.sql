@@ -34,6 +34,28 @@ CREATE FUNCTION rotate_key(key_name text DEFAULT '', reason text DEFAULT '') RET
 COMMENT ON FUNCTION rotate_key(text, text) IS
     'Makes a new slot active, keeps the old one readable, and returns the new slot id';
 
+-- Equality search.
+
+CREATE FUNCTION fingerprint_col(value text, key_name text, context text DEFAULT '') RETURNS bytea
+    LANGUAGE c VOLATILE PARALLEL RESTRICTED COST 20 AS 'MODULE_PATHNAME', 'fingerprint_col_wrapper';
+COMMENT ON FUNCTION fingerprint_col(text, text, text) IS
+    'Keyed digest of a value under the active slot of a lookup key, to be stored beside the sealed value and found with rekey.fingerprints; normalise the value first';
+
+CREATE FUNCTION rekey.fingerprints(value text, key_name text, context text DEFAULT '') RETURNS bytea[]
+    LANGUAGE c STABLE PARALLEL SAFE COST 20 AS 'MODULE_PATHNAME', 'fingerprints_wrapper';
+COMMENT ON FUNCTION rekey.fingerprints(text, text, text) IS
+    'All fingerprints under which a value may be stored, the active slot''s first: WHERE email_fp = ANY (rekey.fingerprints($1, ''email_lookup''))';
+
+CREATE FUNCTION rekey.verify_fingerprint(value text, fingerprint bytea, context text DEFAULT '') RETURNS boolean
+    LANGUAGE c STABLE PARALLEL SAFE COST 20 AS 'MODULE_PATHNAME', 'verify_fingerprint_wrapper';
+COMMENT ON FUNCTION rekey.verify_fingerprint(text, bytea, text) IS
+    'Whether a fingerprint is that of the value, by the slot that it names';
+
+CREATE FUNCTION rekey.fingerprint_slot_id(fingerprint bytea) RETURNS bigint
+    LANGUAGE c IMMUTABLE PARALLEL SAFE LEAKPROOF AS 'MODULE_PATHNAME', 'fingerprint_slot_id_wrapper';
+COMMENT ON FUNCTION rekey.fingerprint_slot_id(bytea) IS
+    'Slot id in front of a fingerprint; NULL for anything else';
+
 -- Headers: what an envelope says of itself, without a key.
 
 CREATE FUNCTION rekey.slot_id(envelope bytea) RETURNS bigint
@@ -212,6 +234,12 @@ CREATE FUNCTION rekey.register_column(table_name regclass, column_name name, con
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'register_column_wrapper';
 COMMENT ON FUNCTION rekey.register_column(regclass, name, text, boolean) IS
     'Registers a column of envelopes for re-encryption; context is an expression over the row: rekey.context(''customer.email'', id::text)';
+
+CREATE FUNCTION rekey.register_fingerprint(table_name regclass, column_name name, sealed_column name,
+        key_name text, sealed_key text DEFAULT '', normalise text DEFAULT '', context text DEFAULT '') RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'register_fingerprint_wrapper';
+COMMENT ON FUNCTION rekey.register_fingerprint(regclass, name, name, text, text, text, text) IS
+    'Registers a column of fingerprints: after a rotation of its lookup key they are made again from the registered sealed column beside it; normalise is an expression over the value, $1: lower($1); rekey.unregister_column ends it';
 
 CREATE FUNCTION rekey.unregister_column(table_name regclass, column_name name) RETURNS void
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'unregister_column_wrapper';

@@ -86,13 +86,20 @@ SELECT r.table_name,
        r.fire_triggers,
        a.attname IS NULL AS missing,
        r.registered_at,
-       r.registered_by
+       r.registered_by,
+       coalesce(s.attname::text, nullif(r.sealed_column, '')) AS sealed_column,
+       nullif(r.key_name, '') AS key_name,
+       nullif(r.sealed_key, '') AS sealed_key,
+       nullif(r.normalise, '') AS normalise
   FROM rekey.registered_column r
   LEFT JOIN pg_catalog.pg_attribute a
          ON a.attrelid = r.table_name::oid AND NOT a.attisdropped
         AND a.attnum = rekey.registered_attnum(r.table_name, r.column_name, r.attnum, r.stamp)
+  LEFT JOIN pg_catalog.pg_attribute s
+         ON s.attrelid = r.table_name::oid AND NOT s.attisdropped
+        AND s.attnum = rekey.registered_attnum(r.table_name, r.sealed_column, r.sealed_attnum, r.stamp)
  WHERE rekey.table_visible(r.table_name);
-COMMENT ON VIEW rekey.columns IS 'Columns that are re-encrypted (for the tables'' owners and pg_monitor)';
+COMMENT ON VIEW rekey.columns IS 'Columns that are re-encrypted, and columns of fingerprints that are made again (for the tables'' owners and pg_monitor)';
 
 CREATE VIEW rekey.progress WITH (security_barrier) AS
 SELECT p.table_name,
@@ -206,6 +213,10 @@ COMMENT ON COLUMN rekey.columns.fire_triggers IS 'Whether the table''s triggers 
 COMMENT ON COLUMN rekey.columns.missing IS 'Whether the column is gone: no slot can be proved unused then';
 COMMENT ON COLUMN rekey.columns.registered_at IS 'When it was registered';
 COMMENT ON COLUMN rekey.columns.registered_by IS 'Who registered it';
+COMMENT ON COLUMN rekey.columns.sealed_column IS 'For a column of fingerprints, the sealed column beside it';
+COMMENT ON COLUMN rekey.columns.key_name IS 'Lookup key of the fingerprints';
+COMMENT ON COLUMN rekey.columns.sealed_key IS 'Key of the sealed values';
+COMMENT ON COLUMN rekey.columns.normalise IS 'Expression over the value, $1, that is fingerprinted; NULL for the value as it is';
 
 COMMENT ON COLUMN rekey.progress.table_name IS 'Table, a leaf where it is partitioned';
 COMMENT ON COLUMN rekey.progress.phase IS 'pass, barrier, proof, done or paused';

@@ -2,6 +2,7 @@
 //! catalog. Their SQL declarations and comments are in sql/functions.sql and sql/guards.sql.
 
 mod columns;
+mod fingerprint;
 mod grants;
 mod headers;
 mod keys;

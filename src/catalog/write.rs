@@ -430,14 +430,18 @@ pub struct Registration<'a> {
     pub attnum: i16,
     /// Who registers it.
     pub by: &'a str,
+    /// What makes it a column of fingerprints.
+    pub fingerprint: Option<&'a read::FingerprintRow>,
 }
 
 /// Registers a column; false when it is registered already. The stamp comes from a trigger.
 pub fn insert_registration(new: &Registration<'_>) -> Result<bool> {
+    let part = |read: fn(&read::FingerprintRow) -> &str| new.fingerprint.map_or("", read);
     let inserted = bigint(
         "INSERT INTO rekey.registered_column \
-             (table_name, column_name, context, fire_triggers, attnum, stamp, registered_by) \
-         SELECT $1::oid::regclass, $2, $3, $4, $5::smallint, '', $6 \
+             (table_name, column_name, context, fire_triggers, attnum, stamp, registered_by, \
+              sealed_column, sealed_attnum, key_name, sealed_key, normalise) \
+         SELECT $1::oid::regclass, $2, $3, $4, $5::smallint, '', $6, $7, $8::smallint, $9, $10, $11 \
           WHERE NOT EXISTS (SELECT FROM rekey.registered_column r \
               WHERE r.table_name = $1::oid::regclass AND $5 = rekey.registered_attnum( \
                   r.table_name, r.column_name, r.attnum, r.stamp)) \
@@ -449,6 +453,11 @@ pub fn insert_registration(new: &Registration<'_>) -> Result<bool> {
             Arg::Bool(Some(new.fire_triggers)),
             Arg::Bigint(i64::from(new.attnum)),
             Arg::Text(new.by),
+            Arg::Text(part(|of| &of.sealed_column)),
+            Arg::Bigint(new.fingerprint.map_or(0, |of| i64::from(of.sealed_attnum))),
+            Arg::Text(part(|of| &of.key)),
+            Arg::Text(part(|of| &of.sealed_key)),
+            Arg::Text(part(|of| &of.normalise)),
         ],
     )?;
     Ok(inserted.is_some())
@@ -475,12 +484,20 @@ pub fn settle_registrations(table: pg_sys::Oid) -> Result<()> {
     run(
         "UPDATE rekey.registered_column r \
             SET column_name = a.attname::text, attnum = a.attnum, \
-                stamp = rekey.table_stamp(r.table_name) \
-           FROM pg_catalog.pg_attribute a \
-          WHERE r.table_name = $1::oid::regclass AND a.attrelid = $1 AND NOT a.attisdropped \
-            AND a.attnum = rekey.registered_attnum( \
-                    r.table_name, r.column_name, r.attnum, r.stamp) \
-            AND (r.column_name <> a.attname::text OR r.stamp <> rekey.table_stamp(r.table_name)) \
+                stamp = rekey.table_stamp(r.table_name), \
+                sealed_column = coalesce(s.attname::text, f.sealed_column), \
+                sealed_attnum = coalesce(s.attnum, f.sealed_attnum) \
+           FROM rekey.registered_column f \
+           JOIN pg_catalog.pg_attribute a \
+             ON a.attrelid = $1 AND NOT a.attisdropped AND a.attnum = rekey.registered_attnum( \
+                    f.table_name, f.column_name, f.attnum, f.stamp) \
+           LEFT JOIN pg_catalog.pg_attribute s \
+             ON s.attrelid = $1 AND NOT s.attisdropped AND s.attnum = rekey.registered_attnum( \
+                    f.table_name, f.sealed_column, f.sealed_attnum, f.stamp) \
+          WHERE r.table_name = $1::oid::regclass \
+            AND f.table_name = r.table_name AND f.column_name = r.column_name \
+            AND (r.column_name <> a.attname::text OR r.sealed_column <> s.attname::text \
+                 OR r.stamp <> rekey.table_stamp(r.table_name)) \
             AND NOT EXISTS (SELECT FROM rekey.registered_column o \
                   WHERE o.table_name = r.table_name AND o.column_name = a.attname::text \
                     AND o.column_name <> r.column_name)",

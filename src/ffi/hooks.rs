@@ -211,7 +211,16 @@ unsafe fn withheld(edata: *mut pg_sys::ErrorData) -> *mut std::ffi::c_char {
     unsafe { pg_sys::MemoryContextStrdup((*edata).assoc_context, text.as_ptr()) }
 }
 
-/// Whether the text contains encrypt_col or decrypt_col, in any case.
+/// The functions that are given values, or give them.
+const VERBS: [&[u8]; 5] = [
+    b"encrypt_col",
+    b"decrypt_col",
+    b"fingerprint_col",
+    b"fingerprints",
+    b"verify_fingerprint",
+];
+
+/// Whether the text contains the name of one of those functions, in any case.
 ///
 /// # Safety
 /// `text` is NULL or a valid C string.
@@ -221,8 +230,10 @@ unsafe fn names_a_verb(text: *const std::ffi::c_char) -> bool {
     }
     // SAFETY: promised by the caller.
     let text = unsafe { std::ffi::CStr::from_ptr(text) }.to_bytes();
-    text.windows(11)
-        .any(|w| w.eq_ignore_ascii_case(b"encrypt_col") || w.eq_ignore_ascii_case(b"decrypt_col"))
+    VERBS.iter().any(|verb| {
+        text.windows(verb.len())
+            .any(|w| w.eq_ignore_ascii_case(verb))
+    })
 }
 
 static mut NEXT_OBJECT_ACCESS: pg_sys::object_access_hook_type = None;

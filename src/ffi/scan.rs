@@ -148,8 +148,16 @@ impl Row<'_> {
     /// The transaction that has written this version of the row.
     pub fn writer(&self) -> pg_sys::TransactionId {
         // SAFETY: the tuple is in memory while the scan is on this row; t_heap is the variant of
-        // every stored tuple.
-        unsafe { (*(*self.tuple).t_data).t_choice.t_heap.t_xmin }
+        // every stored tuple. As HeapTupleHeaderGetXmin does it: the number that a frozen row
+        // keeps may have come round since.
+        unsafe {
+            let header = &*(*self.tuple).t_data;
+            let frozen = u16::try_from(pg_sys::HEAP_XMIN_FROZEN).unwrap_or(0);
+            if header.t_infomask & frozen == frozen {
+                return pg_sys::TransactionId::FROZEN;
+            }
+            header.t_choice.t_heap.t_xmin
+        }
     }
 
     /// Whether the current transaction has written this version of the row.

@@ -28,6 +28,21 @@ pub fn statement() -> i64 {
     unsafe { GetCurrentStatementStartTimestamp() }
 }
 
+/// When the current top-level transaction began, as a timestamptz datum.
+pub fn transaction_start() -> i64 {
+    // SAFETY: returns a static.
+    unsafe { pg_sys::GetCurrentTransactionStartTimestamp() }
+}
+
+/// Hears of what other sessions have committed: what is asked of the cache behind it is not older
+/// than any snapshot that was taken before it. Any lock does the same, and as little when there is
+/// no news.
+#[inline]
+pub fn accept_invalidations() {
+    // SAFETY: in a transaction. PostgreSQL calls it with each lock, in the middle of queries too.
+    unsafe { pg_sys::AcceptInvalidationMessages() }
+}
+
 /// The local id of the current top-level transaction; differs from one to the next.
 #[inline]
 pub fn local_transaction() -> u32 {

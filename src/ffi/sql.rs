@@ -69,13 +69,9 @@ impl Arg<'_> {
             Arg::Timestamp(v) => (*v, pg_sys::TIMESTAMPTZOID),
             Arg::Bigints(v) => {
                 let elements = v.iter().map(|i| pg_sys::Datum::from(*i)).collect();
-                (Some(array(elements, pg_sys::INT8OID)?), INT8_ARRAY)
+                (Some(bigint_array(elements)?), INT8_ARRAY)
             }
-            Arg::Byteas(v) => {
-                let elements = v.iter().map(|b| super::text::bytes_datum(b));
-                let elements = elements.collect::<Result<Vec<_>>>()?;
-                (Some(array(elements, pg_sys::BYTEAOID)?), BYTEA_ARRAY)
-            }
+            Arg::Byteas(v) => (Some(super::text::bytea_array(v)?), BYTEA_ARRAY),
         };
         Ok(match datum {
             // SAFETY: each datum was made for the type beside it.
@@ -88,21 +84,17 @@ impl Arg<'_> {
 const INT8_ARRAY: pg_sys::Oid = pg_sys::INT8ARRAYOID;
 const BYTEA_ARRAY: pg_sys::Oid = pg_sys::BYTEAARRAYOID;
 
-/// An array of bigint or bytea elements in the current memory context.
-fn array(mut elements: Vec<pg_sys::Datum>, of: pg_sys::Oid) -> Result<pg_sys::Datum> {
+/// An array of bigint elements in the current memory context.
+fn bigint_array(mut elements: Vec<pg_sys::Datum>) -> Result<pg_sys::Datum> {
     let count = i32::try_from(elements.len()).map_err(|_| Error::TooLarge {
         bytes: elements.len(),
     })?;
-    let (length, by_value, align) = if of == pg_sys::INT8OID {
-        (8, true, b'd')
-    } else {
-        (-1, false, b'i')
-    };
-    // SAFETY: length, passing and alignment are those of the two types in pg_type; the elements
-    // are copied into the array.
+    // SAFETY: length, passing and alignment are those of bigint in pg_type; the elements are copied
+    // into the array.
     let array = unsafe {
-        let align = align as std::ffi::c_char;
-        pg_sys::construct_array(elements.as_mut_ptr(), count, of, length, by_value, align)
+        let align = b'd' as std::ffi::c_char;
+        let elements = elements.as_mut_ptr();
+        pg_sys::construct_array(elements, count, pg_sys::INT8OID, 8, true, align)
     };
     Ok(pg_sys::Datum::from(array))
 }

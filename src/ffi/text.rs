@@ -181,6 +181,23 @@ pub fn bytes_datum(value: &[u8]) -> Result<pg_sys::Datum> {
     Ok(varlena.finish())
 }
 
+/// A bytea[] datum in the current memory context.
+pub fn bytea_array(values: &[impl AsRef<[u8]>]) -> Result<pg_sys::Datum> {
+    let elements = values.iter().map(|value| bytes_datum(value.as_ref()));
+    let mut elements = elements.collect::<Result<Vec<_>>>()?;
+    let count = c_int::try_from(elements.len()).map_err(|_| Error::TooLarge {
+        bytes: elements.len(),
+    })?;
+    // SAFETY: length, passing and alignment are those of bytea in pg_type; the elements are copied
+    // into the array.
+    let array = unsafe {
+        let align = b'i' as std::ffi::c_char;
+        let elements = elements.as_mut_ptr();
+        pg_sys::construct_array(elements, count, pg_sys::BYTEAOID, -1, false, align)
+    };
+    Ok(pg_sys::Datum::from(array))
+}
+
 #[derive(Clone, Copy)]
 enum Direction {
     ToUtf8,

@@ -513,3 +513,19 @@ pub fn jsonb_datum(text: &str) -> Result<pg_sys::Datum> {
     let server = CString::new(server).map_err(|_| Error::NotEncodable)?;
     Function::input_of(pg_sys::JSONBOID).input(&server)
 }
+
+/// The owner of a function; None when there is no such function.
+pub fn function_owner(function: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    // SAFETY: GETSTRUCT is the fixed part of the cached row, which is read before its release.
+    unsafe {
+        let cache = pg_sys::SysCacheIdentifier::PROCOID as c_int;
+        let tuple = pg_sys::SearchSysCache1(cache, pg_sys::Datum::from(function));
+        if tuple.is_null() {
+            return None;
+        }
+        let row = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_proc>();
+        let owner = (*row).proowner;
+        pg_sys::ReleaseSysCache(tuple);
+        Some(owner)
+    }
+}

@@ -1,5 +1,5 @@
-//! Envelopes in places that nobody has registered: other bytea columns, materialized views,
-//! defaults.
+//! Envelopes and fingerprints in places that nobody has registered: other bytea columns,
+//! materialized views, defaults.
 //!
 //! Called by find_envelopes() and before a slot is destroyed. Every table is read once, headers
 //! only; a table that is locked is said to be so and counts as a place. Arrays, composites, other
@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::ffi::sql;
 use crate::ffi::table::{self, Snapshot, Table};
 use crate::registry;
-use crate::stale::{self, BySlot, Standing};
+use crate::stale::{self, BySlot, Holds, Standing};
 
 /// Envelopes of one slot in one place.
 pub struct Place {
@@ -81,10 +81,14 @@ pub fn all() -> Result<Vec<Place>> {
         }
         let mut counts: BySlot<i64> = BySlot::default();
         table.scan(&snapshot, 0..table.blocks(), &[attnum], |_, values| {
-            if let Some(header) = values[0].and_then(stale::header)
-                && slots.standing(header.slot) != Standing::Unknown
+            let named = |datum| {
+                let kinds = [Holds::Envelopes, Holds::Fingerprints];
+                kinds.into_iter().find_map(|kind| kind.slot(datum))
+            };
+            if let Some(slot) = values[0].and_then(named)
+                && slots.standing(slot) != Standing::Unknown
             {
-                *counts.entry(header.slot).or_insert(0) += 1;
+                *counts.entry(slot).or_insert(0) += 1;
             }
             true
         });

@@ -8,7 +8,7 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use rekey_core::envelope::{Header, SlotId};
+use rekey_core::envelope::SlotId;
 
 use super::elsewhere;
 use super::proof::{self, Verdict};
@@ -84,7 +84,7 @@ impl Quarantine {
         let mut slots = HashSet::new();
         for leaf in leaves {
             for head in work::heads(leaf.table, false)? {
-                slots.extend(Header::parse(&head).ok().map(|header| header.slot));
+                slots.extend(stale::slot_of(&head));
             }
         }
         let unknown = slots

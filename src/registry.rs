@@ -35,6 +35,10 @@ pub struct LeafColumn {
 pub struct Trouble {
     /// Table, as people write it.
     pub table: String,
+    /// Table that was registered: the same, or the partitioned one above it.
+    pub registered: Oid,
+    /// Column, as it was registered.
+    pub column: String,
     /// What is wrong.
     pub what: String,
 }
@@ -87,6 +91,8 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
         let Some(name) = root_name else {
             troubles.push(Trouble {
                 table: crate::ffi::table::name(row.table)?,
+                registered: row.table,
+                column: row.column.clone(),
                 what: format!("column \"{}\" is gone", row.column),
             });
             continue;
@@ -95,6 +101,8 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
             if relation::kind(table) != b'r' {
                 troubles.push(Trouble {
                     table: crate::ffi::table::name(table)?,
+                    registered: row.table,
+                    column: name.clone(),
                     what: "a partition that is a foreign table cannot be re-encrypted here"
                         .to_string(),
                 });
@@ -104,6 +112,8 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
             let Some(attnum) = number.filter(|n| relation::is_bytea(table, *n)) else {
                 troubles.push(Trouble {
                     table: crate::ffi::table::name(table)?,
+                    registered: row.table,
+                    column: name.clone(),
                     what: format!("column \"{name}\" is not of type bytea"),
                 });
                 continue;

@@ -6,6 +6,7 @@
 //! cache, the life cycle and the functions of src/api/. Table OIDs are looked up once and again
 //! after any change; so is the catalog's version, which must be one that this library knows.
 
+pub mod check;
 pub mod evidence;
 pub mod guard;
 pub mod read;

@@ -273,7 +273,9 @@ SELECT 'pg_rekey_pauses', '{}', count(*), 'Pauses of re-encryption that are in f
   FROM rekey.pause WHERE paused_until > clock_timestamp()
 UNION ALL
 SELECT 'pg_rekey_worker_enabled', '{}',
-       current_setting('rekey.worker')::boolean::integer, '1 if rekey.worker is on'
+       (coalesce(current_setting('rekey.worker', true)::boolean, false)
+        AND current_setting('shared_preload_libraries') ~ 'pg_rekey')::integer,
+       '1 if rekey.worker is on and the library is preloaded'
 UNION ALL
 SELECT 'pg_rekey_launcher_up', '{}', count(*), '1 if the launcher of the workers is running'
   FROM pg_catalog.pg_stat_activity WHERE backend_type = 'pg_rekey launcher'

@@ -121,17 +121,17 @@ fn raised(name: &str, Caught(code): Caught) -> Result<Finding> {
 fn root_keys() -> Result<Vec<Finding>> {
     let roots = read::root_keys()?;
     let mut found = Vec::new();
-    if let Err(error) = root_key::inspect() {
-        let (facts, hint) = error.explain();
-        // Before init_root_key() there need not be a keyring.
-        let severity = if roots.is_empty() {
-            Severity::Warning
-        } else {
-            Severity::Error
-        };
-        found.push(Finding::new(severity, "root key source", facts, hint));
-    }
     if roots.is_empty() {
+        // The keyring file need not be there yet: init_root_key() makes it.
+        if let Err(error) = root_key::source() {
+            let (facts, hint) = error.explain();
+            found.push(Finding::new(
+                Severity::Warning,
+                "root key source",
+                facts,
+                hint,
+            ));
+        }
         found.push(Finding::new(
             Severity::Warning,
             "root keys",
@@ -139,6 +139,15 @@ fn root_keys() -> Result<Vec<Finding>> {
             "SELECT rekey.init_root_key()",
         ));
         return Ok(found);
+    }
+    if let Err(error) = root_key::inspect() {
+        let (facts, hint) = error.explain();
+        found.push(Finding::new(
+            Severity::Error,
+            "root key source",
+            facts,
+            hint,
+        ));
     }
     let held: Vec<RootId> = roots
         .iter()

@@ -272,6 +272,9 @@ UNION ALL
 SELECT 'pg_rekey_pauses', '{}', count(*), 'Pauses of re-encryption that are in force'
   FROM rekey.pause WHERE paused_until > clock_timestamp()
 UNION ALL
+SELECT 'pg_rekey_standby', '{}', pg_is_in_recovery()::integer,
+       '1 if this server is a standby, which runs no worker'
+UNION ALL
 SELECT 'pg_rekey_worker_enabled', '{}',
        (coalesce(current_setting('rekey.worker', true)::boolean, false)
         AND current_setting('shared_preload_libraries') ~ 'pg_rekey')::integer,

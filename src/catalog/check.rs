@@ -125,9 +125,9 @@ WITH given (object, remedy, name, setting) AS (
       LEFT JOIN pg_roles r ON r.oid = s.setrole
       LEFT JOIN pg_database d ON d.oid = s.setdatabase,
            LATERAL (SELECT CASE WHEN s.setrole = '0'::oid AND d.oid IS NOT NULL
-                                THEN format('DATABASE %I', d.datname)
+                                THEN 'DATABASE ' || quote_ident(d.datname)
                                 ELSE 'ROLE ' || coalesce(quote_ident(r.rolname), 'ALL')
-                                     || coalesce(format(' IN DATABASE %I', d.datname), '')
+                                     || coalesce(' IN DATABASE ' || quote_ident(d.datname), '')
                            END AS whose) AS w,
            unnest(s.setconfig) AS c
      WHERE s.setdatabase = '0'::oid OR d.datname = current_database()),

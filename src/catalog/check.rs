@@ -473,18 +473,17 @@ pub struct Wraps {
 /// Counts what is wrapped under which root key, given the root keys that this server holds.
 pub fn wraps(held: &[&[u8]]) -> Result<Wraps> {
     let of_root = look(
-        "SELECT encode(w.root_id, 'hex'), count(*)::text, \
-                (count(*) FILTER (WHERE h.slot_id IS NULL))::text \
-           FROM rekey.slot_wrap w \
-           LEFT JOIN (SELECT DISTINCT slot_id FROM rekey.slot_wrap WHERE root_id = ANY ($1)) h \
-             ON h.slot_id = w.slot_id \
-          GROUP BY w.root_id",
+        "SELECT encode(r.root_id, 'hex'), count(*)::text, \
+                (CASE WHEN r.root_id = ANY ($1) THEN 0 ELSE \
+                    (SELECT count(*) FROM rekey.slot_wrap w WHERE w.root_id = r.root_id \
+                        AND NOT EXISTS (SELECT FROM rekey.slot_wrap h \
+                             WHERE h.slot_id = w.slot_id AND h.root_id = ANY ($1))) END)::text \
+           FROM rekey.slot_wrap r GROUP BY r.root_id",
         &[Arg::Byteas(held)],
     )?;
     let unwrapped = look(
-        "SELECT count(*)::text FROM rekey.key_slot s LEFT JOIN \
-             (SELECT DISTINCT slot_id FROM rekey.slot_wrap) w USING (slot_id) \
-          WHERE s.state <> 'destroyed' AND w.slot_id IS NULL",
+        "SELECT count(*)::text FROM rekey.key_slot s WHERE s.state <> 'destroyed' \
+            AND NOT EXISTS (SELECT FROM rekey.slot_wrap w WHERE w.slot_id = s.slot_id)",
         &[],
     )?;
     let root = |row: &Vec<Option<String>>| {

@@ -711,6 +711,22 @@ fn a_key_past_its_max_age_and_a_slot_past_its_grace() {
 }
 
 #[test]
+fn names_that_are_not_ascii_in_a_database_that_is_not_utf8() {
+    let options = "ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'";
+    let database = cluster().empty_database("latin", options);
+    database.install();
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.create_key('cl\u{e9}', max_age => '1 day');
+         CREATE TABLE \"\u{fc}ber\" AS SELECT encrypt_col('x', 'cl\u{e9}') AS \"\u{f6}\"",
+    );
+    backdate(&mut client, "activated_at", "active");
+    mended(&mut client, "warning", "key cl\u{e9}", "max_age");
+    let object = "column public.\"\u{fc}ber\".\"\u{f6}\"";
+    mended(&mut client, "warning", object, "not registered");
+}
+
+#[test]
 fn many_of_a_kind_are_cut_short_and_said_to_be() {
     let mut client = database("many").connect();
     client

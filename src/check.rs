@@ -179,9 +179,11 @@ fn root_keys() -> Result<Vec<Finding>> {
         found.push(Finding::new(
             Severity::Error,
             "slots",
-            format!("{} slots have no wrapped key: they open nothing", wraps.unwrapped),
-            "restore rekey.slot_wrap from a dump; SELECT rekey.import_key(exported) from a database \
-             that has them",
+            format!(
+                "{} slots have no wrapped key: they open nothing",
+                wraps.unwrapped
+            ),
+            "restore rekey.slot_wrap from a dump, or SELECT rekey.import_key(exported)",
         ));
     }
     Ok(found)
@@ -194,8 +196,8 @@ fn root_key_finding(root: &read::RootRow, held: bool, slots: i64, only: i64) -> 
                 with a command SELECT rekey.reload_root_keys()";
     if !held && (state == "active" || only > 0) {
         let finding = format!(
-            "{state}, and this server does not hold it: {only} of the {slots} slots that it wraps do \
-             not open here"
+            "{state}, and this server does not hold it: {only} of the {slots} slots that it \
+             wraps do not open here"
         );
         return Finding::new(Severity::Error, object, finding, copy);
     }
@@ -243,8 +245,8 @@ fn preload() -> Result<Vec<Finding>> {
     Ok(vec![Finding::new(
         Severity::Warning,
         "setting shared_preload_libraries",
-        "pg_rekey is not preloaded: nothing is re-encrypted in the background, no key is rotated by \
-         max_age, and a session's first statements may be logged with their values",
+        "pg_rekey is not preloaded: nothing is re-encrypted in the background, no key is rotated \
+         by max_age, and a session's first statements may be logged with their values",
         format!("ALTER SYSTEM SET shared_preload_libraries = {list} -- then restart the server"),
     )])
 }
@@ -357,9 +359,11 @@ fn registrations() -> Result<Vec<Finding>> {
             found.push(Finding::new(
                 Severity::Error,
                 format!("table {}", table::name(leaf.table)?),
-                format!("it {why} {which}: its rows are not re-encrypted, and no slot can be proved \
-                         unused"),
-                "take away what is named, or SELECT rekey.unregister_column(table_name, column_name)",
+                format!(
+                    "it {why} {which}: its rows are not re-encrypted, and no slot can be \
+                 proved unused"
+                ),
+                "take away what is named; SELECT rekey.unregister_column(table_name, column_name)",
             ));
         }
     }
@@ -396,8 +400,8 @@ fn of_registered(sample: &Sampled) -> Result<Vec<Finding>> {
             context => format!(", {context}"),
         };
         let remedy = format!(
-            "UPDATE {table} SET {column} = {}.encrypt_col(convert_from({column}, 'UTF8'), {}{context}) \
-             WHERE NOT rekey.is_envelope({column})",
+            "UPDATE {table} SET {column} = {}.encrypt_col(convert_from({column}, 'UTF8'), \
+             {}{context}) WHERE NOT rekey.is_envelope({column})",
             check::schema_of_verbs()?,
             quoted_literal(key.as_deref().unwrap_or("KEY")),
         );
@@ -407,17 +411,23 @@ fn of_registered(sample: &Sampled) -> Result<Vec<Finding>> {
     if sample.unknown > 0 {
         say(
             Severity::Error,
-            format!("{} {of} name slots that this database does not have", sample.unknown),
-            "SELECT rekey.import_key(exported) -- what rekey.export_key gives where they were sealed"
+            format!(
+                "{} {of} name slots that this database does not have",
+                sample.unknown
+            ),
+            "SELECT rekey.import_key(exported) -- what export_key gives where they were sealed"
                 .to_string(),
         );
     }
     if sample.closed > 0 {
         say(
             Severity::Error,
-            format!("{} {of} name slots that are disabled or destroyed: they do not open", sample.closed),
-            "SELECT rekey.enable_slot(slot_id) FROM rekey.slots WHERE state = 'disabled'; a destroyed \
-             one: rekey.restore_slot"
+            format!(
+                "{} {of} name slots that are disabled or destroyed: they do not open",
+                sample.closed
+            ),
+            "SELECT rekey.enable_slot(slot_id) FROM rekey.slots WHERE state = 'disabled'; a \
+             destroyed one: rekey.restore_slot"
                 .to_string(),
         );
     }
@@ -491,8 +501,8 @@ fn left_out(which: &str, columns: usize) -> Option<Finding> {
             Severity::Notice,
             format!("{which} columns"),
             format!(
-                "{columns} of them were not looked at: a check reads {} blocks at most of each table \
-                 and {} tables at most, the largest first, and none that is locked",
+                "{columns} of them were not looked at: a check reads {} blocks at most of each \
+                 table and {} tables at most, the largest first, and none that is locked",
                 elsewhere::SAMPLE_BLOCKS,
                 elsewhere::SAMPLE_TABLES
             ),

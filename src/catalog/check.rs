@@ -213,7 +213,7 @@ SELECT CASE WHEN s.compromised_at IS NULL THEN 'warning' ELSE 'error' END,
             ELSE 'it is compromised, and not proved unused' END
        || CASE WHEN r.registered THEN '' ELSE ': no column is registered' END,
        CASE WHEN r.registered THEN 'CALL rekey.reencrypt()'
-            ELSE 'SELECT rekey.register_column(table_name, column_name) -- every column of envelopes'
+            ELSE 'SELECT rekey.register_column(table_name, column_name) -- each of envelopes'
        END
   FROM rekey.key_slot s
   JOIN rekey.key k USING (key_name)
@@ -277,8 +277,8 @@ SELECT 'warning', 'table ' || p.table_name::text,
  WHERE p.phase <> 'done' AND p.updated_at < clock_timestamp() - '1 day'::interval
    AND NOT EXISTS (SELECT FROM rekey.pause z WHERE z.paused_until > clock_timestamp())";
 
-/// Keys that everyone may use, grants of roles that are gone, and what was opened to everyone in the
-/// schema: a privilege of PUBLIC that the extension has not given.
+/// Keys that everyone may use, grants of roles that are gone, and what was opened to everyone in
+/// the schema: a privilege of PUBLIC that the extension has not given.
 pub const GRANTS: &str = r"
 SELECT 'warning', 'key ' || g.key_name,
        CASE WHEN g.grantee::oid = '0'::oid THEN 'everyone (PUBLIC) holds '
@@ -384,8 +384,8 @@ SELECT CASE WHEN bool_or(v.opens) THEN 'error' ELSE 'warning' END,
  GROUP BY c.oid
 UNION ALL
 SELECT 'warning', 'function ' || p.oid::regprocedure::text,
-       'it opens values and claims to be IMMUTABLE: indexes and plans may keep what it returns, and '
-       'for whom it is opened is not asked again',
+       'it opens values and claims to be IMMUTABLE: indexes and plans may keep what it returns, '
+       'and for whom it is opened is not asked again',
        format('ALTER FUNCTION %s STABLE', p.oid::regprocedure)
   FROM opener o JOIN pg_proc p ON p.oid = o.oid
  WHERE p.provolatile = 'i'

@@ -14,7 +14,7 @@ use crate::catalog::roots::{self, Roots};
 use crate::catalog::write::{self, Audit};
 use crate::error::{Error, Result};
 use crate::ffi::text;
-use crate::{root_key, standbys};
+use crate::{failpoint, root_key, standbys};
 
 /// A slot that exists in memory only: made, wrapped and unwrapped again.
 struct NewSlot {
@@ -194,7 +194,10 @@ pub fn rotate(key: &str, reason: &str) -> Result<SlotId> {
     if let Some(active) = in_state(&slots, SlotState::Active) {
         write::transition(active, SlotState::Previous, "rotate_key", "")?;
     }
-    fresh.insert(key, SlotState::Active, "rotate_key", reason)
+    failpoint::reach("rotate.superseded")?;
+    let id = fresh.insert(key, SlotState::Active, "rotate_key", reason)?;
+    failpoint::reach("rotate.activated")?;
+    Ok(id)
 }
 
 /// A pending slot: the one that is there, or a new one.

@@ -156,7 +156,7 @@ fn visit() {
         shared::finish(database, None);
         return;
     }
-    let mut drainer = Drainer::new(None, true).by_age();
+    let mut drainer = Drainer::new(None, true).in_background();
     for entry in shared::entries() {
         let suspects = entry.suspects.iter().filter(|(table, _)| *table != 0);
         for (table, deaths) in suspects.filter(|_| entry.database == database) {
@@ -165,7 +165,12 @@ fn visit() {
     }
     let mut throttle = throttle::Gauge::default();
     let mut failures = 0;
-    while guc::worker() {
+    loop {
+        // Not only when it sleeps: without rests it never does.
+        background::read_settings();
+        if !guc::worker() {
+            break;
+        }
         let wal = background::wal_written();
         let begin = std::time::Instant::now();
         let step = background::transaction(|| drainer.step());
@@ -215,6 +220,9 @@ fn visit() {
     shared::finish(database, None);
 }
 
+/// A rest of so many milliseconds is worth a note.
+const LONG_REST: u64 = 1000;
+
 /// Rests after a batch: once for the work just done, and for as long as an alarm lasts.
 fn rest(worked: &Worked, mut facts: Facts, throttle: &mut throttle::Gauge) {
     loop {
@@ -222,7 +230,7 @@ fn rest(worked: &Worked, mut facts: Facts, throttle: &mut throttle::Gauge) {
         let Some((ms, brake)) = read.ok().and_then(|()| schedule::rest(&facts, &limits())) else {
             return;
         };
-        if brake.is_alarm() {
+        if ms >= LONG_REST {
             background::report(&format!("{}; rests: {}", worked.what, brake.words()));
             let table = worked.table.unwrap_or(pg_sys::InvalidOid);
             // For people only: that it could not be written stops nothing.

@@ -17,7 +17,7 @@ pub mod sql;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-pub use cluster::{Cluster, Database, Options, Tree};
+pub use cluster::{Cluster, Database, GATE, Options, Tree};
 pub use sql::{Ask, Refusal};
 
 /// How long a poll may take before a test fails. Generous: a loaded machine is not a bug.

@@ -254,6 +254,11 @@ SELECT 'pg_rekey_progress_age_seconds', '{}',
                     WHERE z.table_name::oid IN (p.table_name::oid, '0'::oid)
                       AND z.paused_until > clock_timestamp())
 UNION ALL
+SELECT 'pg_rekey_proof_snapshot_age_seconds', '{}',
+       coalesce(extract(epoch FROM clock_timestamp() - min(n.since)), 0),
+       'Age of the snapshot of a proof that is under way: it holds back vacuum; 0 for none'
+  FROM rekey.progress_state p CROSS JOIN LATERAL rekey.proof_scan(p.table_name) AS n
+UNION ALL
 SELECT 'pg_rekey_barrier_age_seconds', '{}',
        coalesce(extract(epoch FROM clock_timestamp() - min(h.since)), 0),
        'Age of the oldest transaction that has sealed and not ended, prepared ones too'
@@ -270,7 +275,8 @@ SELECT 'pg_rekey_barrier_age_seconds', '{}',
          WHERE l.locktype = 'relation' AND l.relation = 'rekey.barrier'::regclass
            AND l.pid IS NULL AND x.database = current_database()) AS h
 UNION ALL
-SELECT 'pg_rekey_quarantined_rows', '{}', count(*),
+SELECT 'pg_rekey_quarantined_rows', '{}',
+       count(*) + (SELECT coalesce(sum(p.rows_unlisted), 0) FROM rekey.progress_state p),
        'Rows that could not be re-encrypted: they block the proof'
   FROM rekey.quarantine WHERE dismissed_at IS NULL
 UNION ALL

@@ -244,11 +244,12 @@ SELECT 'warning',
 pub const QUARANTINE: &str = r"
 SELECT 'error', 'table ' || q.table_name::text,
        format('%s rows could not be re-encrypted (SQLSTATE %s): no slot can be proved unused',
-              count(*), string_agg(DISTINCT q.sqlstate, ', ')),
+              count(*) + coalesce(max(p.rows_unlisted), 0), string_agg(DISTINCT q.sqlstate, ', ')),
        format('SELECT * FROM rekey.errors WHERE table_name = %L::regclass; '
               '-- mend or dismiss each, then: SELECT rekey.retry_quarantine()',
               q.table_name::text)
   FROM rekey.quarantine q
+  LEFT JOIN rekey.progress_state p ON p.table_name::oid = q.table_name::oid
  WHERE q.dismissed_at IS NULL
  GROUP BY q.table_name ORDER BY count(*) DESC";
 

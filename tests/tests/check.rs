@@ -957,8 +957,7 @@ fn a_proof_that_is_given_up_at_max_snapshot_age() {
     client.run(SETUP);
     client.run("SELECT rotate_key('pii')");
     client.run("CALL rekey.reencrypt()");
-    // A table that takes a second to scan would take minutes to fill: what the proof notes when it
-    // gives up (src/worker/proof.rs) is written by hand, and read again from its source.
+    // That the worker leaves this note is shown in boundaries.rs, where failpoints hold its scan.
     let note = "the snapshot reached rekey.max_snapshot_age at ";
     assert!(read("src/worker/proof.rs").contains(note));
     client.run(&format!(

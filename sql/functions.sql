@@ -374,3 +374,19 @@ CREATE FUNCTION rekey.evidence(key_name text DEFAULT '', since timestamptz DEFAU
     LANGUAGE c STABLE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'evidence_wrapper';
 COMMENT ON FUNCTION rekey.evidence(text, timestamptz) IS
     'What an auditor asks: inventory, cryptoperiods and whether they were kept, slots with dates and proofs, grants, root ids, acts; an empty key_name is all keys';
+
+-- Watching it.
+
+CREATE FUNCTION rekey.check_findings() RETURNS text
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'check_findings_wrapper';
+COMMENT ON FUNCTION rekey.check_findings() IS
+    'What check returns, as JSON';
+
+CREATE FUNCTION rekey.check() RETURNS TABLE (severity text, object text, finding text, remedy text)
+    LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT f.severity, f.object, f.finding, f.remedy
+      FROM pg_catalog.jsonb_to_recordset(rekey.check_findings()::jsonb)
+           AS f(severity text, object text, finding text, remedy text)
+$$;
+COMMENT ON FUNCTION rekey.check() IS
+    'What is wrong with keys, root keys, columns, settings and the worker here, the worst first, each with a remedy (pg_monitor); changes nothing';

@@ -41,7 +41,7 @@ BEGIN
                                  'refuse_direct_change', 'announce_change', 'guard_drop',
                                  'forget_dropped', 'follow_renames', 'stamp_registration', 'yield_to_local',
                                  'pause', 'resume', 'find_envelopes',
-                                 'envelope_places', 'evidence')
+                                 'envelope_places', 'evidence', 'check', 'check_findings')
     LOOP
         EXECUTE format('GRANT EXECUTE ON ROUTINE %s TO PUBLIC', given.object);
     END LOOP;
@@ -50,3 +50,6 @@ $$;
 GRANT USAGE ON SCHEMA rekey TO PUBLIC;
 GRANT SELECT ON rekey.keys, rekey.slots, rekey.grants, rekey.root_keys, rekey.audit, rekey.columns,
     rekey.progress, rekey.errors TO PUBLIC;
+-- For monitoring systems, on any server: changes nothing, shows no value and no key.
+GRANT EXECUTE ON FUNCTION rekey.check(), rekey.check_findings() TO pg_monitor;
+GRANT SELECT ON rekey.metrics TO pg_monitor;

@@ -3,9 +3,11 @@
 //!
 //! Called by src/catalog/ alone. Values travel as parameters, never inside the text.
 
+use std::ffi::{CStr, CString};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use pgrx::datum::DatumWithOid;
+use pgrx::spi::{SpiResult, SpiTupleTable};
 use pgrx::{Spi, pg_sys};
 
 use super::session::{ActAs, table_owner};
@@ -128,38 +130,58 @@ pub fn text(sql: &str, args: &[Arg<'_>]) -> Result<Option<String>> {
 
 /// Runs one statement as the catalog's owner and returns its rows; every column must be text.
 pub fn rows(sql: &str, args: &[Arg<'_>]) -> Result<Vec<Vec<Option<String>>>> {
-    execute(sql, args, |table| {
-        let columns = table.columns()?;
-        let mut rows = Vec::new();
-        for row in table {
-            let mut cells = Vec::with_capacity(columns);
-            for column in 1..=columns {
-                let datum = row
-                    .get_datum_by_ordinal(column)?
-                    .value::<pgrx::AnyElement>()?;
-                cells.push(datum.map(|d| {
-                    let bytes = super::text::detoasted(d.datum());
-                    String::from_utf8_lossy(bytes).into_owned()
-                }));
-            }
-            rows.push(cells);
-        }
-        Ok(rows)
+    execute(sql, args, cells)
+}
+
+/// Runs one query as the catalog's owner and returns its rows, as `rows` does, but assigns no
+/// transaction id: on standbys too. It sees what the calling statement sees.
+pub fn look(sql: &str, args: &[Arg<'_>]) -> Result<Vec<Vec<Option<String>>>> {
+    as_owner(sql, args, |sql, args| {
+        Spi::connect(|client| cells(client.select(sql, None, args)?))
     })
+}
+
+fn cells(table: SpiTupleTable<'_>) -> SpiResult<Vec<Vec<Option<String>>>> {
+    let columns = table.columns()?;
+    let mut rows = Vec::new();
+    for row in table {
+        let mut cells = Vec::with_capacity(columns);
+        for column in 1..=columns {
+            let datum = row
+                .get_datum_by_ordinal(column)?
+                .value::<pgrx::AnyElement>()?;
+            cells.push(datum.map(|d| {
+                let bytes = super::text::detoasted(d.datum());
+                super::text::to_utf8_string(bytes)
+                    .unwrap_or_else(|_| String::from_utf8_lossy(bytes).into_owned())
+            }));
+        }
+        rows.push(cells);
+    }
+    Ok(rows)
 }
 
 fn execute<R>(
     sql: &str,
     args: &[Arg<'_>],
-    read: impl FnOnce(pgrx::spi::SpiTupleTable<'_>) -> pgrx::spi::SpiResult<R>,
+    read: impl FnOnce(SpiTupleTable<'_>) -> SpiResult<R>,
+) -> Result<R> {
+    as_owner(sql, args, |sql, args| {
+        Spi::connect_mut(|client| read(client.update(sql, None, args)?))
+    })
+}
+
+fn as_owner<R>(
+    sql: &str,
+    args: &[Arg<'_>],
+    body: impl FnOnce(&CStr, &[DatumWithOid<'static>]) -> SpiResult<R>,
 ) -> Result<R> {
     let args = args.iter().map(Arg::datum).collect::<Result<Vec<_>>>()?;
     // Only names of tables and columns are ever in the text of a statement, never values.
-    let sql = std::ffi::CString::new(super::text::to_server(sql.as_bytes())?.into_owned())
+    let sql = CString::new(super::text::to_server(sql.as_bytes())?.into_owned())
         .map_err(|_| Error::NotEncodable)?;
     let keys = super::scan::relation(c"key_slot").ok_or(Error::NoCatalog)?;
     let _own_code = OwnCode::begin();
     let _act_as = ActAs::owner(table_owner(keys));
-    Spi::connect_mut(|client| read(client.update(sql.as_c_str(), None, &args)?))
-        .map_err(|e| Error::Internal(e.to_string()))
+    body(&sql, &args).map_err(|e| Error::Internal(e.to_string()))
 }

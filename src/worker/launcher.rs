@@ -78,13 +78,17 @@ fn launch(running: &mut Vec<(u32, Started)>) -> Option<Duration> {
                     entry.wanted = false;
                     entry.due = 0;
                     entry.finished = false;
+                    entry.starved = false;
                 });
                 match Started::start(Oid::from_u32(entry.database)) {
                     Some(worker) => running.push((entry.database, worker)),
                     None => {
                         // All of max_worker_processes are taken: look again in a while.
                         let again = now + 5_000_000;
-                        shared::change(entry.database, |entry| entry.due = again);
+                        shared::change(entry.database, |entry| {
+                            entry.due = again;
+                            entry.starved = true;
+                        });
                         later = Some(again);
                     }
                 }

@@ -102,6 +102,19 @@ CREATE FUNCTION rekey.drop_key(key_name text) RETURNS void
 COMMENT ON FUNCTION rekey.drop_key(text) IS
     'Removes a key whose slots are all pending or destroyed; tombstones stay';
 
+-- Many keys at once.
+
+CREATE FUNCTION rekey.create_keys(key_names text[], like_key text, if_not_exists boolean DEFAULT false) RETURNS bigint
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'create_keys_wrapper';
+COMMENT ON FUNCTION rekey.create_keys(text[], text, boolean) IS
+    'Creates keys with the policy and the grants of another key, owned by the current user; returns how many are new';
+
+CREATE FUNCTION rekey.rotate_keys(older_than timestamptz, max_keys integer DEFAULT 100, pattern text DEFAULT '%',
+        reason text DEFAULT '', OUT rotated integer, OUT remaining bigint) RETURNS record
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'rotate_keys_wrapper';
+COMMENT ON FUNCTION rekey.rotate_keys(timestamptz, integer, text, text) IS
+    'Rotates the keys like pattern that the caller may rotate and whose active slot is older, the oldest first, at most max_keys of them; says how many remain';
+
 -- Slots.
 
 CREATE FUNCTION rekey.disable_slot(slot_id bigint, force boolean DEFAULT false) RETURNS void

@@ -9,6 +9,7 @@ mod open;
 mod root_keys;
 mod seal;
 mod slots;
+mod tenants;
 mod touch;
 mod transfer;
 mod triggers;

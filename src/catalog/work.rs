@@ -9,6 +9,7 @@ use pgrx::pg_sys::{Datum, Oid};
 use rekey_core::envelope::{CIPHERTEXT_AT, SlotId};
 
 use crate::error::{Error, Result};
+use crate::ffi::session;
 use crate::ffi::sql::{Arg, bigint, rows, run, text};
 use crate::ffi::table::Tid;
 use crate::stale::Head;
@@ -393,6 +394,35 @@ pub fn rotations_due() -> Result<(Vec<String>, i64)> {
         found.into_iter().filter_map(name).collect(),
         recent.unwrap_or(0),
     ))
+}
+
+/// The keys like `pattern` whose active slot was activated before a timestamptz datum and that `user`
+/// may rotate, the oldest first and at most `most` of them, each with that slot; and how many there
+/// are in all.
+pub fn keys_older(
+    than: Datum,
+    most: i64,
+    pattern: &str,
+    user: Oid,
+) -> Result<(Vec<(String, i64)>, i64)> {
+    let role = (!session::is_superuser(user)).then(|| session::role_name(user));
+    let found = rows(
+        "SELECT k.key_name, s.slot_id::text, (count(*) OVER ())::text \
+           FROM rekey.key k JOIN rekey.key_slot s USING (key_name) \
+          WHERE s.state = 'active' AND k.shredded_at IS NULL AND s.activated_at < $1 \
+            AND k.key_name LIKE $3 \
+            AND ($4 IS NULL OR rekey.has_key_privilege($4, k.key_name, 'rotate')) \
+          ORDER BY s.activated_at, k.key_name LIMIT $2",
+        &[
+            Arg::Timestamp(Some(than)),
+            Arg::Bigint(most),
+            Arg::Text(pattern),
+            Arg::OptionalText(role.as_deref()),
+        ],
+    )?;
+    let in_all = found.first().map_or(0, |row| number(&row[2]));
+    let key = |row: &Vec<Option<String>>| (row[0].clone().unwrap_or_default(), number(&row[1]));
+    Ok((found.iter().map(key).collect(), in_all))
 }
 
 /// When something next comes due in this database, in seconds from now: a rotation by age, the

@@ -54,6 +54,8 @@ pub enum Arg<'a> {
     Bigints(&'a [i64]),
     /// bytea[]
     Byteas(&'a [&'a [u8]]),
+    /// text[]
+    Texts(&'a [&'a str]),
 }
 
 impl Arg<'_> {
@@ -76,6 +78,11 @@ impl Arg<'_> {
                 let elements = elements.collect::<Result<Vec<_>>>()?;
                 (Some(array(elements, pg_sys::BYTEAOID)?), BYTEA_ARRAY)
             }
+            Arg::Texts(v) => {
+                let elements = v.iter().map(|t| super::text::text_datum(t));
+                let elements = elements.collect::<Result<Vec<_>>>()?;
+                (Some(array(elements, pg_sys::TEXTOID)?), TEXT_ARRAY)
+            }
         };
         Ok(match datum {
             // SAFETY: each datum was made for the type beside it.
@@ -87,8 +94,9 @@ impl Arg<'_> {
 
 const INT8_ARRAY: pg_sys::Oid = pg_sys::INT8ARRAYOID;
 const BYTEA_ARRAY: pg_sys::Oid = pg_sys::BYTEAARRAYOID;
+const TEXT_ARRAY: pg_sys::Oid = pg_sys::TEXTARRAYOID;
 
-/// An array of bigint or bytea elements in the current memory context.
+/// An array of bigint, bytea or text elements in the current memory context.
 fn array(mut elements: Vec<pg_sys::Datum>, of: pg_sys::Oid) -> Result<pg_sys::Datum> {
     let count = i32::try_from(elements.len()).map_err(|_| Error::TooLarge {
         bytes: elements.len(),
@@ -98,7 +106,7 @@ fn array(mut elements: Vec<pg_sys::Datum>, of: pg_sys::Oid) -> Result<pg_sys::Da
     } else {
         (-1, false, b'i')
     };
-    // SAFETY: length, passing and alignment are those of the two types in pg_type; the elements
+    // SAFETY: length, passing and alignment are those of the three types in pg_type; the elements
     // are copied into the array.
     let array = unsafe {
         let align = align as std::ffi::c_char;

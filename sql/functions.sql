@@ -333,6 +333,19 @@ CREATE FUNCTION rekey.disable_touch(table_name regclass) RETURNS void
 COMMENT ON FUNCTION rekey.disable_touch(regclass) IS
     'Ends what enable_touch() began';
 
+-- Views.
+
+CREATE FUNCTION rekey.write_view() RETURNS trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'write_view_wrapper';
+COMMENT ON FUNCTION rekey.write_view() IS
+    'Trigger of rekey.create_view: writes to the table what is written to the view, sealed; arguments: a key for each opened column';
+
+CREATE FUNCTION rekey.create_view(table_name regclass, view_name text, key_name text DEFAULT '',
+        columns jsonb DEFAULT '{}') RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'create_view_wrapper';
+COMMENT ON FUNCTION rekey.create_view(regclass, text, text, jsonb) IS
+    'Makes a view that shows the registered columns of a table opened and seals what is written to it; columns: {"salary": {"type": "numeric", "key": "pay"}}';
+
 CREATE FUNCTION rekey.registered_attnum(table_name regclass, column_name text, attnum smallint,
         stamp text) RETURNS smallint
     LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'registered_attnum_wrapper';

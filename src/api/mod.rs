@@ -13,3 +13,4 @@ mod tenants;
 mod touch;
 mod transfer;
 mod triggers;
+mod views;

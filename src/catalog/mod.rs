@@ -11,6 +11,7 @@ pub mod guard;
 pub mod read;
 pub mod roots;
 pub mod touch;
+pub mod views;
 pub mod work;
 pub mod write;
 

@@ -107,8 +107,33 @@ impl Expression {
         }
     }
 
+    /// An expression that PostgreSQL has stored, of any type.
+    ///
+    /// # Safety
+    /// `node` is a parsed expression over one relation.
+    pub unsafe fn of_node(node: *mut pg_sys::Node) -> Result<Expression> {
+        // SAFETY: promised by the caller; the copy outlives the relation cache's entry.
+        unsafe {
+            let copy: *mut pg_sys::Expr = pg_sys::copyObjectImpl(node.cast()).cast();
+            let planned = pg_sys::expression_planner(copy);
+            Ok(Expression {
+                state: pg_sys::ExecInitExpr(planned, std::ptr::null_mut()),
+                context: pg_sys::CreateStandaloneExprContext(),
+            })
+        }
+    }
+
     /// The value for the row in `slot`, in UTF-8; None for NULL. Raises what the expression raises.
     pub fn evaluate(&self, slot: *mut pg_sys::TupleTableSlot) -> Result<Option<Vec<u8>>> {
+        let Some(datum) = self.datum(slot)? else {
+            return Ok(None);
+        };
+        let value = super::text::to_utf8(super::text::detoasted(datum))?;
+        Ok(Some(value.into_owned()))
+    }
+
+    /// The same as a datum of the expression's type, which lives until the next value is asked for.
+    pub fn datum(&self, slot: *mut pg_sys::TupleTableSlot) -> Result<Option<pg_sys::Datum>> {
         // SAFETY: the slot holds a row of the relation that the expression was prepared for. The
         // evaluation function is called as ExecEvalExpr does, under pgrx's guard.
         unsafe {
@@ -123,13 +148,8 @@ impl Expression {
                 }),
                 None => return Err(Error::Internal("an expression is not ready".to_string())),
             };
-            let value = if null {
-                None
-            } else {
-                Some(super::text::to_utf8(super::text::detoasted(datum))?.into_owned())
-            };
             pg_sys::CurrentMemoryContext = previous;
-            Ok(value)
+            Ok((!null).then_some(datum))
         }
     }
 }

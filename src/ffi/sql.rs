@@ -164,15 +164,27 @@ pub fn rows(sql: &str, args: &[Arg<'_>]) -> Result<Vec<Vec<Option<String>>>> {
     })
 }
 
+/// Runs one statement as `role`, under the pinned search path: what it makes is his.
+pub fn run_as(role: pg_sys::Oid, sql: &str) -> Result<()> {
+    let sql = c_sql(sql)?;
+    let _act_as = ActAs::owner(role);
+    Spi::connect_mut(|client| client.update(sql.as_c_str(), None, &[]).map(|_| ()))
+        .map_err(|e| Error::Internal(e.to_string()))
+}
+
+// Only names and quoted literals of DDL are ever in the text of a statement, never values.
+fn c_sql(sql: &str) -> Result<std::ffi::CString> {
+    std::ffi::CString::new(super::text::to_server(sql.as_bytes())?.into_owned())
+        .map_err(|_| Error::NotEncodable)
+}
+
 fn execute<R>(
     sql: &str,
     args: &[Arg<'_>],
     read: impl FnOnce(pgrx::spi::SpiTupleTable<'_>) -> pgrx::spi::SpiResult<R>,
 ) -> Result<R> {
     let args = args.iter().map(Arg::datum).collect::<Result<Vec<_>>>()?;
-    // Only names of tables and columns are ever in the text of a statement, never values.
-    let sql = std::ffi::CString::new(super::text::to_server(sql.as_bytes())?.into_owned())
-        .map_err(|_| Error::NotEncodable)?;
+    let sql = c_sql(sql)?;
     let keys = super::scan::relation(c"key_slot").ok_or(Error::NoCatalog)?;
     let _own_code = OwnCode::begin();
     let _act_as = ActAs::owner(table_owner(keys));

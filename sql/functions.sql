@@ -306,6 +306,22 @@ $$;
 COMMENT ON FUNCTION rekey.find_envelopes() IS
     'Envelopes in bytea columns, materialized views and defaults that nobody has registered; reads every table';
 
+CREATE FUNCTION rekey.rotation_forecast(key_name text) RETURNS text
+    LANGUAGE c STABLE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'rotation_forecast_wrapper';
+COMMENT ON FUNCTION rekey.rotation_forecast(text) IS
+    'What explain_rotation returns, as JSON';
+
+CREATE FUNCTION rekey.explain_rotation(key_name text DEFAULT '') RETURNS TABLE (item text, object text, figure text, note text)
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT f.item, f.object, f.figure, f.note
+      FROM ROWS FROM (pg_catalog.jsonb_to_recordset(rekey.rotation_forecast(key_name)::jsonb)
+               AS (item text, object text, figure text, note text)) WITH ORDINALITY
+           AS f(item, object, figure, note, place)
+     ORDER BY f.place
+$$;
+COMMENT ON FUNCTION rekey.explain_rotation(text) IS
+    'What a rotation would cost now: rows, bytes, WAL and time for each table, what else sees it and what would hold it up; reads samples, changes nothing';
+
 -- Re-encryption on touch.
 
 CREATE FUNCTION rekey.is_stale(envelope bytea) RETURNS boolean

@@ -41,7 +41,8 @@ BEGIN
                                  'refuse_direct_change', 'announce_change', 'guard_drop',
                                  'forget_dropped', 'follow_renames', 'stamp_registration',
                                  'pause', 'resume', 'find_envelopes',
-                                 'envelope_places', 'evidence')
+                                 'envelope_places', 'evidence',
+                                 'rotation_forecast', 'explain_rotation')
     LOOP
         EXECUTE format('GRANT EXECUTE ON ROUTINE %s TO PUBLIC', given.object);
     END LOOP;

@@ -10,7 +10,7 @@ use rekey_core::envelope::{CIPHERTEXT_AT, SlotId};
 
 use crate::error::{Error, Result};
 use crate::ffi::session;
-use crate::ffi::sql::{Arg, bigint, rows, run, text};
+use crate::ffi::sql::{Arg, bigint, look, rows, run, text};
 use crate::ffi::table::Tid;
 use crate::stale::Head;
 
@@ -448,7 +448,7 @@ pub fn next_due() -> Result<Option<i64>> {
 /// The sessions and prepared transactions behind virtual transactions, as people name them.
 pub fn name_holders(virtual_transactions: &[String], prepared: &[u32]) -> Result<String> {
     let list = |items: Vec<String>| format!("{{{}}}", items.join(","));
-    let named = text(
+    let named = look(
         "SELECT string_agg(DISTINCT who, ', ') FROM ( \
             SELECT 'pid ' || pid AS who FROM pg_catalog.pg_locks \
              WHERE locktype = 'virtualxid' AND virtualxid = ANY ($1::text[]) AND granted \
@@ -465,5 +465,9 @@ pub fn name_holders(virtual_transactions: &[String], prepared: &[u32]) -> Result
             Arg::Text(&list(prepared.iter().map(u32::to_string).collect())),
         ],
     )?;
+    let named = named
+        .into_iter()
+        .next()
+        .and_then(|row| row.into_iter().next().flatten());
     Ok(named.unwrap_or_else(|| "a transaction that is about to end".to_string()))
 }

@@ -144,24 +144,36 @@ pub fn text(sql: &str, args: &[Arg<'_>]) -> Result<Option<String>> {
 
 /// Runs one statement as the catalog's owner and returns its rows; every column must be text.
 pub fn rows(sql: &str, args: &[Arg<'_>]) -> Result<Vec<Vec<Option<String>>>> {
-    execute(sql, args, |table| {
-        let columns = table.columns()?;
-        let mut rows = Vec::new();
-        for row in table {
-            let mut cells = Vec::with_capacity(columns);
-            for column in 1..=columns {
-                let datum = row
-                    .get_datum_by_ordinal(column)?
-                    .value::<pgrx::AnyElement>()?;
-                cells.push(datum.map(|d| {
-                    let bytes = super::text::detoasted(d.datum());
-                    String::from_utf8_lossy(bytes).into_owned()
-                }));
-            }
-            rows.push(cells);
+    execute(sql, args, cells)
+}
+
+/// The same for a SELECT that takes no transaction id: on a standby too.
+pub fn look(sql: &str, args: &[Arg<'_>]) -> Result<Vec<Vec<Option<String>>>> {
+    let args = args.iter().map(Arg::datum).collect::<Result<Vec<_>>>()?;
+    let sql = c_sql(sql)?;
+    let keys = super::scan::relation(c"key_slot").ok_or(Error::NoCatalog)?;
+    let _act_as = ActAs::owner(table_owner(keys));
+    Spi::connect(|client| cells(client.select(sql.as_c_str(), None, &args)?))
+        .map_err(|e| Error::Internal(e.to_string()))
+}
+
+fn cells(table: pgrx::spi::SpiTupleTable<'_>) -> pgrx::spi::SpiResult<Vec<Vec<Option<String>>>> {
+    let columns = table.columns()?;
+    let mut rows = Vec::new();
+    for row in table {
+        let mut cells = Vec::with_capacity(columns);
+        for column in 1..=columns {
+            let datum = row
+                .get_datum_by_ordinal(column)?
+                .value::<pgrx::AnyElement>()?;
+            cells.push(datum.map(|d| {
+                let bytes = super::text::detoasted(d.datum());
+                String::from_utf8_lossy(bytes).into_owned()
+            }));
         }
-        Ok(rows)
-    })
+        rows.push(cells);
+    }
+    Ok(rows)
 }
 
 /// Runs one statement as `role`, under the pinned search path: what it makes is his.

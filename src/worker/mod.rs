@@ -9,6 +9,7 @@ pub mod barrier;
 pub mod drain;
 pub mod elsewhere;
 pub mod ending;
+pub mod forecast;
 pub mod launcher;
 pub mod proof;
 pub mod rewrite;

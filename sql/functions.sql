@@ -110,7 +110,7 @@ COMMENT ON FUNCTION rekey.create_keys(text[], text, boolean) IS
     'Creates keys with the policy and the grants of another key, owned by the current user; returns how many are new';
 
 CREATE FUNCTION rekey.rotate_keys(older_than timestamptz, max_keys integer DEFAULT 100, pattern text DEFAULT '%',
-        reason text DEFAULT '', OUT rotated integer, OUT remaining bigint) RETURNS record
+        reason text DEFAULT '', OUT rotated bigint, OUT remaining bigint) RETURNS record
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'rotate_keys_wrapper';
 COMMENT ON FUNCTION rekey.rotate_keys(timestamptz, integer, text, text) IS
     'Rotates the keys like pattern that the caller may rotate and whose active slot is older, the oldest first, at most max_keys of them; says how many remain';

@@ -257,21 +257,35 @@ pub fn rotate_older(
     most: i64,
     pattern: &str,
     reason: &str,
-) -> Result<(i32, i64)> {
-    let (due, mut left) = work::keys_older(than, most, pattern, session::current_user())?;
+) -> Result<(i64, i64)> {
+    let (due, in_all) = work::keys_older(than, most, pattern, session::current_user())?;
+    let names: Vec<&str> = due.iter().map(|(key, _)| key.as_str()).collect();
+    let locked = write::lock_keys(&names)?;
+    let mut superseded = Vec::new();
     let mut rotated = 0;
-    for (key, active) in due {
-        // The lock may have been waited for: somebody else has rotated, shredded or dropped it.
-        let still = write::lock_key(&key)?
-            && read::active_slot(&text::to_server(key.as_bytes())?)?
-                .is_some_and(|slot| slot.as_i64() == active);
-        if still {
-            rotate(&key, reason)?;
-            rotated += 1;
+    for (key, active) in due.iter().filter(|(key, _)| locked.contains(key)) {
+        let slots = read::slots_of(&text::to_server(key.as_bytes())?)?;
+        // The lock may have been waited for: somebody else has rotated or shredded it.
+        let still = in_state(&slots, SlotState::Active).filter(|slot| slot.id.as_i64() == *active);
+        let Some(still) = still else { continue };
+        rotated += 1;
+        if in_state(&slots, SlotState::Pending).is_some() {
+            rotate(key, reason)?;
+        } else {
+            superseded.push(still.clone());
         }
-        left -= 1;
     }
-    Ok((rotated, left))
+    let roots = roots_in_use()?;
+    let fresh = superseded
+        .iter()
+        .map(|slot| NewSlot::make_under(&roots, &slot.key_name))
+        .collect::<Result<Vec<_>>>()?;
+    write::supersede(&superseded, "rotate_keys")?;
+    let keys = superseded.iter().map(|slot| slot.key_name.as_str());
+    let named: Vec<(&str, &NewSlot)> = keys.zip(&fresh).collect();
+    NewSlot::insert_all(&named, SlotState::Active, "rotate_keys", reason)?;
+    let done = i64::try_from(due.len()).unwrap_or(i64::MAX);
+    Ok((rotated, in_all - done))
 }
 
 /// A pending slot: the one that is there, or a new one.

@@ -5,6 +5,8 @@
 //! the same transaction and one server log line, which begins "pg_rekey audit:", for each
 //! transition. The line is written when the act is done; its xid tells whether it committed.
 
+use std::collections::HashSet;
+
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 use rekey_core::cipher::RootId;
 use rekey_core::envelope::SlotId;
@@ -125,6 +127,20 @@ impl<'a> Audit<'a> {
 pub fn lock_key(name: &str) -> Result<bool> {
     let sql = "UPDATE rekey.key SET comment = comment WHERE key_name = $1 RETURNING 1::bigint";
     Ok(bigint(sql, &[Arg::Text(name)])?.is_some())
+}
+
+/// The same for many keys; returns those that are there and not shredded. In the order of their
+/// names, so that two sessions do not wait for each other.
+pub fn lock_keys(names: &[&str]) -> Result<HashSet<String>> {
+    let locked = rows(
+        "WITH locked AS MATERIALIZED (SELECT key_name FROM rekey.key \
+              WHERE key_name = ANY ($1) AND shredded_at IS NULL ORDER BY key_name FOR UPDATE) \
+         UPDATE rekey.key k SET comment = k.comment FROM locked l \
+          WHERE k.key_name = l.key_name RETURNING k.key_name",
+        &[Arg::Texts(names)],
+    )?;
+    let name = |row: Vec<Option<String>>| row.into_iter().next().flatten();
+    Ok(locked.into_iter().filter_map(name).collect())
 }
 
 /// A new key's policy.
@@ -378,6 +394,9 @@ pub fn insert_wrap(id: SlotId, root: RootId, wrapped: &[u8]) -> Result<()> {
     .map(|_| ())
 }
 
+/// The stamps of a slot whose place another one has taken.
+const SUPERSEDED: &str = "superseded_at = clock_timestamp(), drained_at = NULL, proof = NULL";
+
 /// Moves a slot to another state, stamps it, and records the transition.
 ///
 /// The row changes only if its state is still the one that the caller saw. `lock_key` makes any
@@ -398,9 +417,7 @@ pub fn transition(slot: &SlotRow, to: SlotState, action: &str, reason: &str) -> 
             "activated_at = clock_timestamp(), superseded_at = NULL, drained_at = NULL, \
              disabled_at = NULL, proof = NULL"
         }
-        SlotState::Previous if slot.state == SlotState::Active => {
-            "superseded_at = clock_timestamp(), drained_at = NULL, proof = NULL"
-        }
+        SlotState::Previous if slot.state == SlotState::Active => SUPERSEDED,
         SlotState::Previous if slot.state == SlotState::Destroyed => {
             "superseded_at = coalesce(superseded_at, clock_timestamp()), disabled_at = NULL, \
              drained_at = NULL, destroyed_at = NULL, proof = NULL"
@@ -450,6 +467,34 @@ pub fn transition(slot: &SlotRow, to: SlotState, action: &str, reason: &str) -> 
         detail: reason,
     }
     .record()
+}
+
+/// Makes active slots, whose keys are locked, previous, and records it.
+pub fn supersede(slots: &[SlotRow], action: &str) -> Result<()> {
+    let ids: Vec<i64> = slots.iter().map(|slot| slot.id.as_i64()).collect();
+    let sql = format!(
+        "UPDATE rekey.key_slot SET state = 'previous', {SUPERSEDED} \
+          WHERE slot_id = ANY ($1) AND state = 'active'"
+    );
+    if run(&sql, &[Arg::Bigints(&ids)])? != slots.len() {
+        return Err(Error::State(
+            "slots have changed meanwhile".to_string(),
+            format!("{} slots were active when the action began.", slots.len()),
+            "Look at rekey.slots and try again.".to_string(),
+        ));
+    }
+    let acts: Vec<Audit<'_>> = slots
+        .iter()
+        .map(|slot| Audit {
+            action,
+            key: Some(&slot.key_name),
+            slot: Some(slot.id),
+            from: Some(SlotState::Active),
+            to: Some(SlotState::Previous),
+            detail: "",
+        })
+        .collect();
+    Audit::record_all(&acts)
 }
 
 /// Stamps a slot as compromised, which voids its proof, and records it.

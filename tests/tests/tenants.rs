@@ -182,6 +182,7 @@ fn two_sessions_that_create_the_same_keys_do_not_deadlock_and_one_is_told() {
 fn keys_older_than_a_date_are_rotated_at_a_pace_until_none_remains() {
     let (_, mut admin, _) = database("pace");
     create(&mut admin, MANY);
+    admin.run("SELECT rekey.prepare_key('tenant-8')");
     admin.run("CREATE TABLE since AS SELECT clock_timestamp() AS at");
     admin.run("SELECT rotate_key('tenant-7')");
     let step = "SELECT rotated || ' ' || remaining FROM rekey.rotate_keys( \
@@ -190,7 +191,7 @@ fn keys_older_than_a_date_are_rotated_at_a_pace_until_none_remains() {
     assert_eq!(admin.text(step), "900 199");
     assert_eq!(admin.text(step), "199 0");
     assert_eq!(admin.text(step), "0 0");
-    let rotated = "SELECT count(*) FROM rekey.audit WHERE action = 'rotate_key' \
+    let rotated = "SELECT count(*) FROM rekey.audit WHERE action LIKE 'rotate_key%' \
                       AND to_state = 'active' AND detail = 'yearly'";
     assert_eq!(
         admin.number(rotated),
@@ -202,6 +203,14 @@ fn keys_older_than_a_date_are_rotated_at_a_pace_until_none_remains() {
         1,
         "not like the pattern"
     );
+    assert_eq!(
+        admin.column("SELECT state FROM rekey.slots WHERE key_name = 'tenant-8' ORDER BY version"),
+        ["previous", "active"],
+        "the pending slot was promoted"
+    );
+    let superseded = "SELECT count(*) FROM rekey.audit WHERE action = 'rotate_keys' \
+                         AND from_state = 'active' AND to_state = 'previous'";
+    assert_eq!(admin.number(superseded), MANY - 2);
     admin.refuse("SELECT rekey.rotate_keys(now(), 0)", "22023");
     admin.refuse("SELECT rekey.rotate_keys(NULL)", "22004");
 }

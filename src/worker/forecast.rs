@@ -133,7 +133,10 @@ impl Total {
             0 => String::new(),
             unread => format!("; {unread} registered tables were not read"),
         };
-        let object = format!("{} tables", self.tables);
+        let object = match self.tables {
+            1 => "1 table".to_string(),
+            tables => format!("{tables} tables"),
+        };
         lines.add(
             "rows",
             &object,

@@ -120,7 +120,7 @@ fn what_makes_it_dearer_is_named() {
 #[test]
 fn the_pace_of_the_settings_gives_the_time() {
     let (_, mut admin) = database("pace");
-    let time = |admin: &mut Client| line(admin, "time", "1 tables");
+    let time = |admin: &mut Client| line(admin, "time", "1 table");
     assert!(time(&mut admin).contains("rekey.work_ratio"));
     let seconds = |text: &str| -> i64 {
         assert!(text.contains("rekey.max_wal_rate"), "{text}");

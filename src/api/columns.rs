@@ -1,5 +1,6 @@
 //! Registered columns and their re-encryption: register_column, register_fingerprint,
-//! unregister_column, reencrypt's steps, pause and resume, the quarantine, find_envelopes, evidence.
+//! unregister_column, reencrypt's steps, pause and resume, the quarantine, find_envelopes,
+//! explain_rotation, evidence.
 
 use std::cell::RefCell;
 use std::time::Duration;
@@ -24,7 +25,7 @@ use crate::ffi::{background, hooks, relation, scan, shared, table, text};
 use crate::registry;
 use crate::stale::Holds;
 use crate::worker::drain::{Drainer, Step};
-use crate::worker::{elsewhere, refresh};
+use crate::worker::{elsewhere, forecast, refresh};
 
 fn object(code: Code, message: String, detail: &str, hint: &str) -> Error {
     Error::Object(code, message, detail.to_string(), hint.to_string())
@@ -543,6 +544,18 @@ fn dismiss_quarantine(fcinfo: FunctionCallInfo) -> Reply {
 #[pg_extern(sql = false)]
 fn envelope_places(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |_| Reply::text(&elsewhere::as_json()?))
+}
+
+/// For explain_rotation().
+#[pg_extern(sql = false)]
+fn rotation_forecast(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let key = super::keys::key_or_default(&call, 0)?;
+        if read::key(&text::to_server(key.as_bytes())?)?.is_none() {
+            return Err(Error::unknown_key(key));
+        }
+        Reply::text(&forecast::as_json(&key)?)
+    })
 }
 
 /// For views: whether the current user may see a table's re-encryption.

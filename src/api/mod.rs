@@ -11,6 +11,8 @@ mod open;
 mod root_keys;
 mod seal;
 mod slots;
+mod tenants;
 mod touch;
 mod transfer;
 mod triggers;
+mod views;

@@ -13,6 +13,7 @@ pub mod guard;
 pub mod read;
 pub mod roots;
 pub mod touch;
+pub mod views;
 pub mod work;
 pub mod write;
 

@@ -9,7 +9,8 @@ use pgrx::pg_sys::{Datum, Oid};
 use rekey_core::envelope::{CIPHERTEXT_AT, SlotId};
 
 use crate::error::{Error, Result};
-use crate::ffi::sql::{Arg, bigint, rows, run, text};
+use crate::ffi::session;
+use crate::ffi::sql::{Arg, bigint, look, rows, run, text};
 use crate::ffi::table::Tid;
 use crate::stale::Head;
 
@@ -434,6 +435,35 @@ pub fn rotations_due() -> Result<(Vec<String>, i64)> {
     ))
 }
 
+/// The keys like `pattern` whose active slot was activated before a timestamptz datum and that `user`
+/// may rotate, the oldest first and at most `most` of them, each with that slot; and how many there
+/// are in all.
+pub fn keys_older(
+    than: Datum,
+    most: i64,
+    pattern: &str,
+    user: Oid,
+) -> Result<(Vec<(String, i64)>, i64)> {
+    let role = (!session::is_superuser(user)).then(|| session::role_name(user));
+    let found = rows(
+        "SELECT k.key_name, s.slot_id::text, (count(*) OVER ())::text \
+           FROM rekey.key k JOIN rekey.key_slot s USING (key_name) \
+          WHERE s.state = 'active' AND k.shredded_at IS NULL AND s.activated_at < $1 \
+            AND k.key_name LIKE $3 \
+            AND ($4 IS NULL OR rekey.has_key_privilege($4, k.key_name, 'rotate')) \
+          ORDER BY s.activated_at, k.key_name LIMIT $2",
+        &[
+            Arg::Timestamp(Some(than)),
+            Arg::Bigint(most),
+            Arg::Text(pattern),
+            Arg::OptionalText(role.as_deref()),
+        ],
+    )?;
+    let in_all = found.first().map_or(0, |row| number(&row[2]));
+    let key = |row: &Vec<Option<String>>| (row[0].clone().unwrap_or_default(), number(&row[1]));
+    Ok((found.iter().map(key).collect(), in_all))
+}
+
 /// When something next comes due in this database, in seconds from now: a rotation by age, the
 /// end of a grace, a retry, the end of a pause. None: never.
 pub fn next_due() -> Result<Option<i64>> {
@@ -492,7 +522,7 @@ pub fn name_writers(writers: &[String]) -> Result<Option<String>> {
 /// The sessions and prepared transactions behind virtual transactions, as people name them.
 pub fn name_holders(virtual_transactions: &[String], prepared: &[u32]) -> Result<String> {
     let list = |items: Vec<String>| format!("{{{}}}", items.join(","));
-    let named = text(
+    let named = look(
         "SELECT string_agg(DISTINCT who, ', ') FROM ( \
             SELECT 'pid ' || pid AS who FROM pg_catalog.pg_locks \
              WHERE locktype = 'virtualxid' AND virtualxid = ANY ($1::text[]) AND granted \
@@ -509,5 +539,9 @@ pub fn name_holders(virtual_transactions: &[String], prepared: &[u32]) -> Result
             Arg::Text(&list(prepared.iter().map(u32::to_string).collect())),
         ],
     )?;
+    let named = named
+        .into_iter()
+        .next()
+        .and_then(|row| row.into_iter().next().flatten());
     Ok(named.unwrap_or_else(|| "a transaction that is about to end".to_string()))
 }

@@ -55,6 +55,12 @@ pub fn varlena_len(datum: pg_sys::Datum) -> usize {
     (whole as usize).saturating_sub(VARHDRSZ)
 }
 
+/// Whether a varlena is stored out of line.
+pub fn is_out_of_line(datum: pg_sys::Datum) -> bool {
+    // SAFETY: a non-NULL varlena, of which the header is read.
+    unsafe { pgrx::varatt_is_1b_e(datum.cast_mut_ptr()) }
+}
+
 /// Whether the varlena is compressed or out of line.
 ///
 /// # Safety

@@ -30,7 +30,8 @@ pub struct Place {
     pub envelopes: i64,
 }
 
-const COLUMNS: &str = "\
+/// Every bytea column of the database that is stored.
+pub(super) const COLUMNS: &str = "\
     SELECT c.oid::text, a.attnum::text, a.attname::text \
       FROM pg_catalog.pg_class c \
       JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \

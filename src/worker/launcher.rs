@@ -11,7 +11,7 @@
 use std::time::Duration;
 
 use pgrx::pg_sys::{self, Oid};
-use rekey_core::schedule::{self, Facts, Limits};
+use rekey_core::schedule::{self, Facts};
 
 use super::drain::{Drainer, Step, Worked};
 use super::throttle;
@@ -233,7 +233,10 @@ const LONG_REST: u64 = 1000;
 fn rest(worked: &Worked, mut facts: Facts, throttle: &mut throttle::Gauge) {
     loop {
         let read = background::transaction(|| throttle.read(&mut facts, worked.table));
-        let Some((ms, brake)) = read.ok().and_then(|()| schedule::rest(&facts, &limits())) else {
+        let Some((ms, brake)) = read
+            .ok()
+            .and_then(|()| schedule::rest(&facts, &throttle::limits()))
+        else {
             return;
         };
         if ms >= LONG_REST {
@@ -248,15 +251,5 @@ fn rest(worked: &Worked, mut facts: Facts, throttle: &mut throttle::Gauge) {
         }
         facts.worked_ms = 0;
         facts.wal_bytes = 0;
-    }
-}
-
-fn limits() -> Limits {
-    Limits {
-        work_ratio: guc::work_ratio(),
-        wal_rate: guc::max_wal_rate_kb().map(|kb| kb * 1024),
-        lag_ms: guc::max_replication_lag_ms(),
-        dead_ratio: guc::max_dead_ratio(),
-        free_disk_mb: guc::min_free_disk_mb(),
     }
 }

@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use pgrx::pg_sys::Oid;
-use rekey_core::schedule::Facts;
+use rekey_core::schedule::{Facts, Limits};
 
 use crate::error::Result;
 use crate::ffi::session;
@@ -34,6 +34,17 @@ impl Gauge {
             ..self.last
         };
         Ok(())
+    }
+}
+
+/// The settings.
+pub fn limits() -> Limits {
+    Limits {
+        work_ratio: guc::work_ratio(),
+        wal_rate: guc::max_wal_rate_kb().map(|kb| kb * 1024),
+        lag_ms: guc::max_replication_lag_ms(),
+        dead_ratio: guc::max_dead_ratio(),
+        free_disk_mb: guc::min_free_disk_mb(),
     }
 }
 

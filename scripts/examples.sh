@@ -127,9 +127,8 @@ expect() { # WHAT QUERY: the query answers t
 }
 
 play() { # NAME WAY
-    local name=$1 port= table keys="(SELECT slot_id FROM rekey.slots WHERE state = 'active')" n=0
+    local name=$1 port=5432 table keys="(SELECT slot_id FROM rekey.slots WHERE state = 'active')" n=0
     [ "$2" = direct ] || port=$bouncer_port
-    local log_begins=$(($(stat -c %s "$CLUSTER_DIR/server.log") + 1))
     local -x PGDATABASE=postgres
     app=$REKEY_WORK/examples/$name
     sql "CREATE DATABASE \"$name-$2\" OWNER app"
@@ -139,12 +138,13 @@ play() { # NAME WAY
     sql "SELECT rekey.set_policy(key_name, grace => '0', after_drain => 'destroy') FROM rekey.keys" \
         >/dev/null
 
-    (cd "$app" && PGUSER=app && "migrate_$name") >"$SCRATCH/migrate" 2>&1 ||
+    (cd "$app" && export PGUSER=app && "migrate_$name") >"$SCRATCH/migrate" 2>&1 ||
         { cat "$SCRATCH/migrate" >&2; die "$name: the migrations fail"; }
     table=$(sql "SELECT DISTINCT table_name FROM rekey.columns")
     [ -n "$table" ] || die "$name: no column is registered"
 
-    coproc APP { cd "$app" && PGUSER=app PGPORT=$port && "run_$name" 2>"$SCRATCH/errors"; }
+    local log_begins=$(($(stat -c %s "$CLUSTER_DIR/server.log") + 1))
+    coproc APP { cd "$app" && export PGUSER=app PGPORT=$port && "run_$name" 2>"$SCRATCH/errors"; }
     local application=$APP_PID to=${APP[1]} from=${APP[0]}
     round() { # NAME
         local answer
@@ -182,14 +182,16 @@ play() { # NAME WAY
 
     exec {to}>&-
     wait "$application" || die "$name, $2: the application fails at its end"
-    (cd "$app" && PGUSER=app && "undo_$name") >"$SCRATCH/undo" 2>&1 ||
-        { cat "$SCRATCH/undo" >&2; die "$name: the way back fails"; }
-
     # All that the application did is in the log, and no email.
     tail -c +"$log_begins" "$CLUSTER_DIR/server.log" >"$SCRATCH/log"
-    [ "$(grep -c 'execute <unnamed>: ' "$SCRATCH/log")" -ge $((4 * n)) ] ||
+    grep -o '\[[0-9]*\] LOG:  execute <unnamed>: ' "$SCRATCH/log" >"$SCRATCH/bound" || true
+    [ "$(wc -l <"$SCRATCH/bound")" -ge $((4 * n)) ] ||
         die "$name, $2: the log does not have its statements, with bound parameters"
+    [ "$2" = direct ] || [ "$(sort -u "$SCRATCH/bound" | wc -l)" = 3 ] ||
+        die "$name, $2: its transactions did not go over three server connections"
     ! grep -i 'example\.org' "$SCRATCH/log" >&2 || die "$name, $2: the log has an email"
+    (cd "$app" && export PGUSER=app && "undo_$name") >"$SCRATCH/undo" 2>&1 ||
+        { cat "$SCRATCH/undo" >&2; die "$name: the way back fails"; }
 
     say "$(printf '%-13s %-9s' "$name" "$2") $n rounds: all found and opened, before, during, after"
     PGDATABASE=postgres sql "DROP DATABASE \"$name-$2\" WITH (FORCE)"

@@ -154,7 +154,8 @@ play() { # NAME WAY
     }
     round before "$2"
     [ "$2" = direct ] || fill_pool
-    round before-too "$2"
+    # Enough for a driver to find out that it executes the same statements again and again.
+    while [ "$n" -lt 8 ]; do round "before-$n" "$2"; done
 
     sql "SELECT rekey.pause()" >/dev/null
     sql "SELECT rotate_key(key_name) FROM rekey.keys" >/dev/null
@@ -162,7 +163,7 @@ play() { # NAME WAY
     expect "rows of old and new slots stand side by side" "
         SELECT count(*) FILTER (WHERE rekey.slot_id(email) IN $keys) = 1
                AND count(*) FILTER (WHERE rekey.fingerprint_slot_id(email_fp) IN $keys) = 1
-               AND count(*) = 3 FROM $table"
+               AND count(*) = $n FROM $table"
 
     sql "SELECT rekey.resume()" >/dev/null
     local deadline=$((SECONDS + 120)) old

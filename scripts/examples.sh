@@ -15,6 +15,7 @@ names=("$@")
 [ ${#names[@]} -gt 0 ] || names=(sqlalchemy django sqlx node-postgres flyway)
 PATH=$PATH:/usr/sbin # where Debian has pgbouncer
 bouncer_port=6432
+connections=4 # of PgBouncer to the server; a round of SQLAlchemy's has three transactions
 
 # For each example: install what it needs, migrate, run the application, undo the migrations. Run
 # in its copy; `run` answers each line that it reads with one line.
@@ -83,7 +84,7 @@ copy() { # NAME: a fresh copy, in which what was installed stays
     cp -pR "$REKEY_ROOT/examples/$1/." "$app"
 }
 
-# Each transaction goes to another of three server connections, so that whatever an application
+# Each transaction goes to another server connection than the one before it, so that whatever an application
 # leaves in a session is missing, or in the way, at its next one.
 start_bouncer() {
     as_server tee "$CLUSTER_DIR/pgbouncer.ini" >/dev/null <<INI
@@ -97,7 +98,7 @@ auth_file = $CLUSTER_DIR/users.txt
 logfile = $CLUSTER_DIR/pgbouncer.log
 pidfile = $CLUSTER_DIR/pgbouncer.pid
 pool_mode = transaction
-default_pool_size = 3
+default_pool_size = $connections
 server_round_robin = 1
 INI
     echo '"app" ""' | as_server tee "$CLUSTER_DIR/users.txt" >/dev/null
@@ -110,14 +111,14 @@ stop_bouncer() {
     return $status
 }
 
-# Has PgBouncer open its three server connections, by three transactions at once.
+# Has PgBouncer open all of its server connections, by as many transactions at once.
 fill_pool() {
     local deadline=$((SECONDS + 120))
     echo "SELECT pg_sleep(0.5)" >"$SCRATCH/sleep.sql"
     until [ "$(sql "SELECT count(*) FROM pg_stat_activity
-                     WHERE usename = 'app' AND datname = current_database()")" = 3 ]; do
-        [ $SECONDS -lt $deadline ] || die "PgBouncer does not open three connections"
-        PGUSER=app PGPORT=$bouncer_port "$CLUSTER_BIN/pgbench" -n -c 3 -j 3 -t 1 \
+                     WHERE usename = 'app' AND datname = current_database()")" = $connections ]; do
+        [ $SECONDS -lt $deadline ] || die "PgBouncer does not open $connections connections"
+        PGUSER=app PGPORT=$bouncer_port "$CLUSTER_BIN/pgbench" -n -c $connections -j $connections -t 1 \
             -f "$SCRATCH/sleep.sql" >/dev/null 2>&1
     done
 }
@@ -188,8 +189,8 @@ play() { # NAME WAY
     grep -o '\[[0-9]*\] LOG:  execute <unnamed>: ' "$SCRATCH/log" >"$SCRATCH/bound" || true
     [ "$(wc -l <"$SCRATCH/bound")" -ge $((4 * n)) ] ||
         die "$name, $2: the log does not have its statements, with bound parameters"
-    [ "$2" = direct ] || [ "$(sort -u "$SCRATCH/bound" | wc -l)" = 3 ] ||
-        die "$name, $2: its transactions did not go over three server connections"
+    [ "$2" = direct ] || [ "$(sort -u "$SCRATCH/bound" | wc -l)" = $connections ] ||
+        die "$name, $2: its transactions did not go over $connections server connections"
     ! grep -i 'example\.org' "$SCRATCH/log" >&2 || die "$name, $2: the log has an email"
     (cd "$app" && export PGUSER=app && "undo_$name") >"$SCRATCH/undo" 2>&1 ||
         { cat "$SCRATCH/undo" >&2; die "$name: the way back fails"; }

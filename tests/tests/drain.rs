@@ -744,6 +744,9 @@ fn the_evidence_of_a_key_tells_its_slots_proofs_and_acts() {
         ),
         0
     );
+    client.run("BEGIN READ ONLY; SELECT rekey.evidence('pii')");
+    assert!(client.truth("SELECT pg_current_xact_id_if_assigned() IS NULL"));
+    client.run("COMMIT");
     client.refuse("SELECT rekey.evidence('nothing')", "42704");
     let role = database.role("plain");
     database

@@ -18,7 +18,7 @@ use super::throttle;
 use crate::catalog::work;
 use crate::ffi::background::{self, Started};
 use crate::ffi::{hooks, scan, session, shared, timer};
-use crate::guc;
+use crate::{guc, lifecycle, root_key};
 
 /// The launcher's process.
 #[unsafe(no_mangle)]
@@ -161,6 +161,15 @@ fn visit() {
             return;
         }
     }
+    // At the start of the server every database is visited: a keyring that is well-formed but not
+    // this database's is named in the log then, not only on use.
+    let _ = background::transaction(|| {
+        if let Err(error) = lifecycle::try_active_root_key() {
+            let name = session::database_name();
+            root_key::warn(&error, &format!(" in database \"{name}\""));
+        }
+        Ok(())
+    });
     let mut drainer = Drainer::new(None, true).in_background();
     for entry in shared::entries() {
         let suspects = entry.suspects.iter().filter(|(table, _)| *table != 0);

@@ -14,6 +14,7 @@
 //! | `standbys` | waiting until they have replayed what was committed |
 //! | `worker` | re-encryption of stale rows, and the proof that a slot is unused |
 //! | `typed` | values of any type as payloads, and back |
+//! | `check` | what is wrong with the set-up, and what to do about it |
 //! | `registry` | registered columns as they stand now |
 //! | `root_key` | where root keys come from |
 //! | `catalog` | the only place that knows our tables |
@@ -26,6 +27,7 @@ use pgrx::prelude::*;
 mod api;
 mod cache;
 mod catalog;
+mod check;
 mod error;
 mod failpoint;
 mod ffi;

@@ -12,7 +12,7 @@ use rekey_core::envelope::{Kind, split_typed, typed_prefix};
 
 use crate::error::{Error, Result};
 use crate::ffi::call::Call;
-use crate::ffi::text;
+use crate::ffi::text::{self, Varlena};
 use crate::ffi::types::{self, Cast, Function};
 
 /// How values of one type are sealed.
@@ -44,6 +44,19 @@ impl Sealable {
         let prefix = typed_prefix(&name).ok_or(Error::RefusedType(name, "its name is too long"))?;
         let output = call.for_the_query(|| Function::output_of(base));
         Ok(Sealable::Typed { prefix, output })
+    }
+}
+
+/// The text form of an opened payload, whatever its kind.
+pub fn text_form(kind: Kind, mut value: Varlena) -> Result<pg_sys::Datum> {
+    match kind {
+        Kind::Text if text::server_is_utf8() => Ok(value.finish()),
+        Kind::Text => text::bytes_datum(&text::to_server(value.data())?),
+        Kind::Bytea => text::bytes_datum(&hex(value.data())),
+        Kind::Typed => {
+            let (_, form) = split_typed(value.data())?;
+            text::bytes_datum(&text::to_server(form)?)
+        }
     }
 }
 

@@ -1,5 +1,6 @@
-//! Registered columns and their re-encryption: register_column, unregister_column, reencrypt's
-//! steps, pause and resume, the quarantine, find_envelopes, evidence.
+//! Registered columns and their re-encryption: register_column, register_fingerprint,
+//! unregister_column, reencrypt's steps, pause and resume, the quarantine, find_envelopes,
+//! explain_rotation, evidence.
 
 use std::cell::RefCell;
 use std::time::Duration;
@@ -7,7 +8,10 @@ use std::time::Duration;
 use pgrx::PgSqlErrorCode as Code;
 use pgrx::pg_sys::{FunctionCallInfo, Oid};
 use pgrx::prelude::*;
+use rekey_core::keyring::Privilege;
 
+use super::grants::require;
+use super::keys::{key_name, key_or_default};
 use super::touch;
 use crate::catalog::write::{self, Audit};
 use crate::catalog::{evidence, read, work};
@@ -19,8 +23,9 @@ use crate::ffi::table::columns_of;
 use crate::ffi::trigger::TriggerCall;
 use crate::ffi::{background, hooks, relation, scan, shared, table, text};
 use crate::registry;
+use crate::stale::Holds;
 use crate::worker::drain::{Drainer, Step};
-use crate::worker::elsewhere;
+use crate::worker::{elsewhere, forecast, refresh};
 
 fn object(code: Code, message: String, detail: &str, hint: &str) -> Error {
     Error::Object(code, message, detail.to_string(), hint.to_string())
@@ -147,6 +152,59 @@ fn check(oid: Oid, column: &str, context: &str, fire_triggers: bool) -> Result<i
     Ok(attnum)
 }
 
+/// Registers a column of the current user's table, of envelopes or of fingerprints.
+fn register(
+    action: &str,
+    oid: Oid,
+    column: &str,
+    context: &str,
+    fire_triggers: bool,
+    fingerprint: Option<&read::FingerprintRow>,
+) -> Result<()> {
+    let name = table::name(oid)?;
+    let again = || {
+        object(
+            Code::ERRCODE_DUPLICATE_OBJECT,
+            format!("column \"{column}\" of {name} is registered already"),
+            "A column is registered once.",
+            "To change its context: rekey.unregister_column(table_name, column_name) first.",
+        )
+    };
+    let number = relation::column_number(oid, column);
+    let known = read::registered_columns()?;
+    if number.is_some()
+        && known
+            .iter()
+            .any(|row| row.table == oid && registry::attnum(row) == number)
+    {
+        return Err(again());
+    }
+    let attnum = check(oid, column, context, fire_triggers)?;
+    own(oid)?;
+    for leaf in relation::leaves(oid) {
+        if leaf != oid {
+            check(leaf, column, context, fire_triggers)?;
+        }
+    }
+    let user = session::role_name(session::current_user());
+    let column_as = write::Registration {
+        table: oid,
+        column,
+        context,
+        fire_triggers,
+        attnum,
+        by: &user,
+        fingerprint,
+    };
+    if !write::insert_registration(&column_as)? {
+        return Err(again());
+    }
+    touch::follow(oid)?;
+    Audit::act(action, None, &format!("{name}.{column}")).record()?;
+    hooks::wake_on_commit();
+    Ok(())
+}
+
 #[pg_extern(sql = false)]
 fn register_column(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
@@ -157,48 +215,80 @@ fn register_column(fcinfo: FunctionCallInfo) -> Reply {
         let fire_triggers = call.required_bool(3, "fire_triggers")?;
         own(oid)?;
         write::settle_registrations(oid)?;
-        let name = table::name(oid)?;
-        let again = || {
-            object(
-                Code::ERRCODE_DUPLICATE_OBJECT,
-                format!("column \"{column}\" of {name} is registered already"),
-                "A column is registered once.",
-                "To change its context: rekey.unregister_column(table_name, column_name) first.",
-            )
-        };
-        let number = relation::column_number(oid, &column);
-        let known = read::registered_columns()?;
-        if number.is_some()
-            && known
-                .iter()
-                .any(|row| row.table == oid && registry::attnum(row) == number)
-        {
-            return Err(again());
-        }
-        let attnum = check(oid, &column, &context, fire_triggers)?;
-        own(oid)?;
-        for leaf in relation::leaves(oid) {
-            if leaf != oid {
-                check(leaf, &column, &context, fire_triggers)?;
-            }
-        }
-        let user = session::role_name(session::current_user());
-        let column_as = write::Registration {
-            table: oid,
-            column: &column,
-            context: &context,
+        register(
+            "register_column",
+            oid,
+            &column,
+            &context,
             fire_triggers,
-            attnum,
-            by: &user,
-        };
-        if !write::insert_registration(&column_as)? {
-            return Err(again());
-        }
-        touch::follow(oid)?;
-        Audit::act("register_column", None, &format!("{name}.{column}")).record()?;
-        hooks::wake_on_commit();
+            None,
+        )?;
         Ok(Reply::void())
     })
+}
+
+/// The registration stands for the privileges of whoever makes it: the worker asks for none when it
+/// opens the values of the sealed column and makes fingerprints of them.
+#[pg_extern(sql = false)]
+fn register_fingerprint(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"register_fingerprint()");
+        let oid = call.required_oid(0, "table_name")?;
+        let column = call.required_name(1, "column_name")?;
+        let sealed_column = call.required_name(2, "sealed_column")?;
+        let key = key_name(&call, 3)?;
+        let sealed_key = key_or_default(&call, 4)?;
+        let normalise = call.required_text(5, "normalise")?;
+        let context = call.required_text(6, "context")?;
+        own(oid)?;
+        write::settle_registrations(oid)?;
+        for (key, seals, purpose, privilege) in [
+            (&key, false, "lookup", Privilege::Encrypt),
+            (&sealed_key, true, "seal", Privilege::Decrypt),
+        ] {
+            require(key, privilege)?;
+            if read::key(&text::to_server(key.as_bytes())?)?.is_some_and(|row| row.seals != seals) {
+                return Err(Error::Purpose(key.clone(), purpose));
+            }
+        }
+        let (leaves, _) = registry::leaves()?;
+        let name = table::name(oid)?;
+        for leaf in relation::leaves(oid) {
+            let sealed = relation::column_number(leaf, &sealed_column);
+            let known = leaves.iter().find(|known| known.table == leaf);
+            let is_sealed = |c: &registry::LeafColumn| {
+                c.holds() == Holds::Envelopes && Some(c.attnum) == sealed
+            };
+            if !known.is_some_and(|known| known.columns.iter().any(is_sealed)) {
+                return Err(Error::State(
+                    format!("column \"{sealed_column}\" of {name} is not registered"),
+                    "Fingerprints are made again from the sealed values beside them, in a column \
+                     of which the context is known."
+                        .to_string(),
+                    "Register it first: rekey.register_column(table_name, column_name, context)."
+                        .to_string(),
+                ));
+            }
+        }
+        let fingerprint = read::FingerprintRow {
+            sealed_attnum: relation::column_number(oid, &sealed_column).unwrap_or(0),
+            sealed_column,
+            key,
+            sealed_key,
+            normalise,
+        };
+        refuse_normaliser(oid, &fingerprint)?;
+        let action = "register_fingerprint";
+        register(action, oid, &column, &context, false, Some(&fingerprint))?;
+        Ok(Reply::void())
+    })
+}
+
+/// Tries the expression as the worker will: acting as the table's owner.
+fn refuse_normaliser(oid: Oid, of: &read::FingerprintRow) -> Result<()> {
+    let locked = Locked::lock(oid)?;
+    let _owner = ActAs::restricted(relation::owner(locked.0));
+    refresh::normaliser(&of.normalise, &of.sealed_key).map(|_| ())
 }
 
 #[pg_extern(sql = false)]
@@ -239,11 +329,15 @@ fn stamp_registration(fcinfo: FunctionCallInfo) -> Reply {
         else {
             return Ok(trigger.store_with(&[]));
         };
-        let (at, of) = read::STAMP;
-        Ok(trigger.store_with(&[
+        let (at, of, sealed_at) = read::STAMP;
+        let mut numbers = vec![
             (at, pg_sys::Datum::from(attnum)),
             (of, text::text_datum(&stamp)?),
-        ]))
+        ];
+        if let Some(sealed) = registry::sealed_attnum(&row) {
+            numbers.push((sealed_at, pg_sys::Datum::from(sealed)));
+        }
+        Ok(trigger.store_with(&numbers))
     })
 }
 
@@ -305,9 +399,12 @@ fn reencrypt_step(fcinfo: FunctionCallInfo) -> Reply {
         let first = call.required_bool(1, "first")?;
         let user = session::current_user();
         let (leaves, _) = registry::leaves()?;
-        let owns_all = leaves
-            .iter()
-            .all(|leaf| relation::is_owned_by(leaf.table, user));
+        let registered = read::registered_columns()?;
+        let named = registered.iter().map(|row| row.table);
+        let owns_all = named
+            .filter(|table| relation::exists(*table))
+            .chain(leaves.iter().map(|leaf| leaf.table))
+            .all(|table| relation::is_owned_by(table, user));
         match table {
             Some(oid) => own(oid)?,
             None if owns_all => {}
@@ -319,12 +416,14 @@ fn reencrypt_step(fcinfo: FunctionCallInfo) -> Reply {
                 ));
             }
         }
+        // With nothing registered only after_drain is left to do.
+        let proves = owns_all && (!registered.is_empty() || session::is_superuser(user));
         if first {
-            FOREGROUND.replace(Some(Drainer::new(table, owns_all)));
+            FOREGROUND.replace(Some(Drainer::new(table, proves)));
         }
         let mut drainer = FOREGROUND
             .take()
-            .unwrap_or_else(|| Drainer::new(table, owns_all));
+            .unwrap_or_else(|| Drainer::new(table, proves));
         let step = drainer.step()?;
         FOREGROUND.replace(Some(drainer));
         let (message, rewritten, finished) = match step {
@@ -445,6 +544,18 @@ fn dismiss_quarantine(fcinfo: FunctionCallInfo) -> Reply {
 #[pg_extern(sql = false)]
 fn envelope_places(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |_| Reply::text(&elsewhere::as_json()?))
+}
+
+/// For explain_rotation().
+#[pg_extern(sql = false)]
+fn rotation_forecast(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let key = super::keys::key_or_default(&call, 0)?;
+        if read::key(&text::to_server(key.as_bytes())?)?.is_none() {
+            return Err(Error::unknown_key(key));
+        }
+        Reply::text(&forecast::as_json(&key)?)
+    })
 }
 
 /// For views: whether the current user may see a table's re-encryption.

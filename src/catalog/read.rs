@@ -13,7 +13,7 @@ use rekey_core::keyring::{Privilege, Privileges, SlotState};
 use super::tables;
 use crate::error::{Error, Result};
 use crate::ffi::scan::{Key, Row, Scan};
-use crate::ffi::{scan, session, text};
+use crate::ffi::{scan, session, text, types};
 
 /// A row of rekey.key.
 pub struct KeyRow {
@@ -44,6 +44,8 @@ pub struct SlotRow {
     pub created_at: i64,
     /// When it was disabled or destroyed, as a timestamptz datum.
     pub closed_at: Option<i64>,
+    /// When it last became active, as a timestamptz datum.
+    pub activated_at: Option<i64>,
     /// When a rotation took its place, as a timestamptz datum.
     pub superseded_at: Option<i64>,
     /// Whether it was reported compromised.
@@ -54,6 +56,19 @@ pub struct SlotRow {
     pub made_here: bool,
     /// Transaction that wrote this version of the row.
     pub written_by: pg_sys::TransactionId,
+}
+
+impl SlotRow {
+    /// 55000 for a slot that is disabled or destroyed.
+    pub fn refuse_closed(&self) -> Result<()> {
+        if self.state.opens() {
+            return Ok(());
+        }
+        let when = self
+            .closed_at
+            .map_or_else(String::new, types::timestamp_text);
+        Err(Error::SlotClosed(self.id, self.state, when))
+    }
 }
 
 /// A row of rekey.root_key.
@@ -111,13 +126,13 @@ pub fn slots_of(name: &[u8]) -> Result<Vec<SlotRow>> {
     Ok(slots)
 }
 
-/// The names of the keys that seal, not shredded.
-pub fn sealing_keys() -> Result<std::collections::HashSet<String>> {
+/// The names of the keys that are not shredded.
+pub fn living_keys() -> Result<std::collections::HashSet<String>> {
     let find = || tables().map(|t| (t.key, pg_sys::InvalidOid));
     let mut scan = Scan::open(find, &[], &[])?;
     let mut names = std::collections::HashSet::new();
     while let Some(row) = scan.next_row() {
-        if row.bytes(2) == b"seal" && row.datum(10).is_none() {
+        if row.datum(10).is_none() {
             names.insert(text::to_utf8_string(&row.bytes(1))?);
         }
     }
@@ -216,12 +231,29 @@ pub struct RegisteredRow {
     pub fire_triggers: bool,
     /// Number of the column in the stamped table.
     pub attnum: i16,
-    /// Table for which the number counts: see src/registry.rs.
+    /// Table for which the numbers count: see src/registry.rs.
     pub stamp: String,
+    /// What makes a column of fingerprints of it; None for one of envelopes.
+    pub fingerprint: Option<FingerprintRow>,
 }
 
-/// The columns of rekey.registered_column that depend on the table's numbers: attnum and stamp.
-pub const STAMP: (i16, i16) = (5, 6);
+/// The part of a row of rekey.registered_column that is about fingerprints.
+pub struct FingerprintRow {
+    /// Name of the sealed column beside it when it was registered.
+    pub sealed_column: String,
+    /// Its number in the stamped table.
+    pub sealed_attnum: i16,
+    /// Lookup key.
+    pub key: String,
+    /// Key of the sealed values.
+    pub sealed_key: String,
+    /// Expression over the value; empty for the value as it is.
+    pub normalise: String,
+}
+
+/// The columns of rekey.registered_column that depend on the table's numbers: attnum, stamp and
+/// sealed_attnum.
+pub const STAMP: (i16, i16, i16) = (5, 6, 10);
 
 /// All registered columns.
 pub fn registered_columns() -> Result<Vec<RegisteredRow>> {
@@ -241,13 +273,27 @@ pub fn registered_row(datum: impl Fn(i16) -> Option<pg_sys::Datum>) -> Result<Re
         Some(datum) => text::to_utf8_string(text::detoasted(datum)),
         None => Ok(String::new()),
     };
+    let small = |attribute| i16::try_from(number(attribute) & 0x7fff).unwrap_or(0);
+    let sealed_column = words(9)?;
+    let fingerprint = if sealed_column.is_empty() {
+        None
+    } else {
+        Some(FingerprintRow {
+            sealed_column,
+            sealed_attnum: small(STAMP.2),
+            key: words(11)?,
+            sealed_key: words(12)?,
+            normalise: words(13)?,
+        })
+    };
     Ok(RegisteredRow {
         table: pg_sys::Oid::from(u32::try_from(number(1) & 0xffff_ffff).unwrap_or(0)),
         column: words(2)?,
         context: words(3)?,
         fire_triggers: number(4) & 0xff != 0,
-        attnum: i16::try_from(number(STAMP.0) & 0x7fff).unwrap_or(0),
+        attnum: small(STAMP.0),
         stamp: words(STAMP.1)?,
+        fingerprint,
     })
 }
 
@@ -299,6 +345,7 @@ fn slot_row(row: &Row<'_>) -> Result<SlotRow> {
         check_value: row.bytes(5),
         created_at: row.i64(6),
         closed_at: timestamp(11).or_else(|| timestamp(10)),
+        activated_at: timestamp(7),
         superseded_at: timestamp(8),
         compromised: row.datum(12).is_some(),
         proved: row.datum(14).is_some(),

@@ -32,6 +32,8 @@ pub struct Entry {
     pub due: i64,
     /// Visits in a row that failed.
     pub failures: u32,
+    /// No process was free for its worker at the last try.
+    pub starved: bool,
     /// Table that the worker works on; 0 for none.
     pub table: u32,
     /// Tables at which workers have died, with how often.
@@ -158,6 +160,16 @@ fn rouse(process: i32) {
 pub fn is_alive(process: i32) -> bool {
     // SAFETY: a lookup under its own lock.
     process > 0 && unsafe { !pg_sys::BackendPidGetProc(process).is_null() }
+}
+
+/// Whether there is a board: whether the library was preloaded.
+pub fn is_there() -> bool {
+    THERE.load(Relaxed)
+}
+
+/// Whether the launcher is running.
+pub fn has_launcher() -> bool {
+    with(|board| board.launcher).is_some_and(is_alive)
 }
 
 /// The launcher takes its place. Workers of an earlier launcher end by themselves.

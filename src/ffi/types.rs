@@ -273,6 +273,12 @@ pub fn display_name(type_oid: pg_sys::Oid) -> String {
     unsafe { super::text::c_string(pg_sys::format_type_be(type_oid)) }
 }
 
+/// A type's name with its schema, quoted as needed.
+pub fn qualified_name(type_oid: pg_sys::Oid) -> String {
+    // SAFETY: returns a fresh C string.
+    unsafe { super::text::c_string(pg_sys::format_type_be_qualified(type_oid)) }
+}
+
 /// A type's sealed name: typname in pg_catalog, else schema and name, each quoted as needed.
 pub fn sealed_name(type_oid: pg_sys::Oid) -> String {
     // SAFETY: the tuple is released after its name was copied; GETSTRUCT is its pg_type row.
@@ -512,4 +518,20 @@ pub fn jsonb_datum(text: &str) -> Result<pg_sys::Datum> {
     let server = super::text::to_server(text.as_bytes())?.into_owned();
     let server = CString::new(server).map_err(|_| Error::NotEncodable)?;
     Function::input_of(pg_sys::JSONBOID).input(&server)
+}
+
+/// The owner of a function; None when there is no such function.
+pub fn function_owner(function: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    // SAFETY: GETSTRUCT is the fixed part of the cached row, which is read before its release.
+    unsafe {
+        let cache = pg_sys::SysCacheIdentifier::PROCOID as c_int;
+        let tuple = pg_sys::SearchSysCache1(cache, pg_sys::Datum::from(function));
+        if tuple.is_null() {
+            return None;
+        }
+        let row = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_proc>();
+        let owner = (*row).proowner;
+        pg_sys::ReleaseSysCache(tuple);
+        Some(owner)
+    }
 }

@@ -235,7 +235,7 @@ fn read_only(path: &Path, cause: &std::io::Error) -> Error {
 }
 
 /// A base backup must not carry the root key beside the data that it protects.
-fn refuse_inside_the_cluster(path: &Path) -> Result<()> {
+pub fn refuse_inside_the_cluster(path: &Path) -> Result<()> {
     let bad = |detail: String| {
         Error::RootKey(
             detail,

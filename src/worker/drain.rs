@@ -122,17 +122,17 @@ impl Drainer {
         }
         let (leaves, troubles) = registry::leaves()?;
         let slots = targets()?;
-        if leaves.is_empty() {
-            return Ok(Step::Idle(work::next_due()?));
-        }
-        if slots.is_empty() {
+        // Where nothing at all is registered nobody has said where values are, and a proof would
+        // be an empty phrase. A registered table that has no partition holds nothing.
+        let silent = leaves.is_empty() && read::registered_columns()?.is_empty();
+        if slots.is_empty() || silent {
             return self.afterwards(&leaves);
         }
         let wave = wave(&slots);
         let mut soonest: Option<(Instant, String)> = None;
         // Tables take turns: one that is large or slow does not keep the others waiting.
         self.turn = self.turn.wrapping_add(1);
-        let first = self.turn % leaves.len();
+        let first = self.turn % leaves.len().max(1);
         for leaf in leaves[first..].iter().chain(&leaves[..first]) {
             if self.only.is_some_and(|only| !covers(only, leaf.table)) {
                 continue;
@@ -237,6 +237,7 @@ impl Drainer {
         let name = table::name(leaf.table)?;
         let size = self.sizes.entry(leaf.table).or_default();
         let mut report;
+        let mut seen = 0;
         let (mut cursor, mut left) = (pass.cursor, pass.left);
         if !due.is_empty() {
             report = retry_rows(leaf, &table, &due)?;
@@ -249,28 +250,30 @@ impl Drainer {
                 cursor = 0;
             }
             let count = size.blocks().min(left).min(blocks - cursor.min(blocks));
-            let range = cursor..cursor + count;
-            report = rewrite::rewrite(leaf, &table, &Source::Blocks(range.clone()))?;
+            let source = Source::Blocks(cursor..cursor + count, size.rows() as usize);
+            report = rewrite::rewrite(leaf, &table, &source)?;
+            let next = report.stopped_at.unwrap_or(cursor + count);
             if report.rewritten > 0 {
-                self.touched.insert(leaf.table, range);
+                self.touched.insert(leaf.table, cursor..next);
             }
-            cursor += count;
-            left = if count == 0 { 0 } else { left - count };
+            seen = next - cursor;
+            cursor = next;
+            left = if count == 0 { 0 } else { left - seen };
         } else {
             let places = self.findings.remove(&leaf.table).unwrap_or_default();
-            let count = places
-                .len()
-                .min(usize::try_from(size.blocks()).unwrap_or(1) * 50);
+            let count = places.len().min(size.rows() as usize);
             let (now, later) = places.split_at(count);
             report = rewrite::rewrite(leaf, &table, &Source::Places(now))?;
             if !later.is_empty() {
                 self.findings.insert(leaf.table, later.to_vec());
             }
         }
+        let mut unlisted = 0;
         for failure in &report.failed {
-            work::quarantine(leaf.table, failure)?;
+            unlisted += i64::from(!work::quarantine(leaf.table, failure)?);
         }
         let done = Done {
+            unlisted,
             scanned: report.scanned,
             rewritten: report.rewritten,
             skipped: report.moved + i64::try_from(report.locked.len()).unwrap_or(0),
@@ -280,6 +283,8 @@ impl Drainer {
         failpoint::reach("batch.advanced")?;
         let took = begin.elapsed();
         size.learn(
+            seen,
+            u32::try_from(report.found).unwrap_or(u32::MAX),
             u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
             guc::batch_target_ms(),
         );
@@ -405,6 +410,9 @@ impl Drainer {
                     self.prove_again_at = Some(Instant::now() + Duration::from_secs(30));
                 }
                 let count: usize = found.iter().map(|(_, places)| places.len()).sum();
+                for (table, _) in &found {
+                    work::count_unlisted_again(*table)?;
+                }
                 self.findings = found.into_iter().collect();
                 if let Some(only) = self.only {
                     self.findings.retain(|table, _| covers(only, *table));
@@ -475,6 +483,13 @@ impl Drainer {
         }
         if !self.proves || self.only.is_some() {
             return Ok(Step::Idle(None));
+        }
+        let voided = void_proofs_made_elsewhere()?;
+        if voided > 0 {
+            return Ok(Step::Worked(Worked {
+                what: format!("{voided} slots are proved again after a restore"),
+                ..Worked::default()
+            }));
         }
         for (id, action) in work::after_drain()? {
             let slot = lifecycle::slot(id)?;
@@ -610,6 +625,21 @@ fn wave(slots: &[SlotRow]) -> String {
         (slot.id.get(), slot.superseded_at).hash(&mut hasher);
     }
     format!("{:016x}", hasher.finish())
+}
+
+/// After a restore or a copy what was proved there says nothing of the tables here: such slots
+/// await a proof again. Returns how many.
+fn void_proofs_made_elsewhere() -> Result<usize> {
+    let mut voided = 0;
+    for id in work::proved_elsewhere(locks::identity())? {
+        lifecycle::lock(&lifecycle::slot(id)?.key_name)?;
+        let slot = lifecycle::slot(id)?;
+        if slot.state == SlotState::Drained {
+            write::transition(&slot, SlotState::Previous, "void_proof", "")?;
+            voided += 1;
+        }
+    }
+    Ok(voided)
 }
 
 /// Marks the proved slots as drained: those that are what they were when the proof began.

@@ -1,20 +1,22 @@
 //! Whether a drained slot may go: grace, quarantine, horizon, the second scan, unregistered places.
 //!
 //! Called by src/worker/drain.rs for after_drain, and by disable_slot and destroy_slot. Invariant
-//! I8: nothing that is older than the proof's horizon is left when the second scan begins, so that
-//! what it finds is all that will ever be copied.
+//! I8: nothing that is older than the proof's horizon is left when the second scan begins, and
+//! nothing that has written and not committed, so that what it finds is all that will ever be
+//! copied.
 
 use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
-use rekey_core::envelope::{Header, SlotId};
+use rekey_core::envelope::SlotId;
 
 use super::elsewhere;
 use super::proof::{self, Verdict};
 use crate::catalog::read::SlotRow;
-use crate::catalog::work;
+use crate::catalog::{self, work};
 use crate::error::Result;
 use crate::ffi::table::{self, Table};
-use crate::ffi::{locks, sql};
+use crate::ffi::{locks, session, sql};
 use crate::registry::Leaf;
 use crate::stale::{self, Standing};
 use crate::{failpoint, guc};
@@ -38,6 +40,11 @@ pub fn may_go(
     }
     if let Some(why) = horizon_passed(slot.id, leaves)? {
         return Ok(Some(why));
+    }
+    if let Some(who) = writers_ended()? {
+        return Ok(Some(format!(
+            "older transactions have written and not ended: {who}"
+        )));
     }
     let one = std::slice::from_ref(slot);
     match proof::prove(leaves, one, ratio)? {
@@ -77,7 +84,7 @@ impl Quarantine {
         let mut slots = HashSet::new();
         for leaf in leaves {
             for head in work::heads(leaf.table, false)? {
-                slots.extend(Header::parse(&head).ok().map(|header| header.slot));
+                slots.extend(stale::slot_of(&head));
             }
         }
         let unknown = slots
@@ -101,12 +108,16 @@ fn horizon_passed(slot: SlotId, leaves: &[Leaf]) -> Result<Option<String>> {
     };
     if proof.identity != locks::identity() {
         return Ok(Some(
-            "its proof was made on another server or database, before a restore".to_string(),
+            "its proof was made on another server or database, before a restore; a drained slot is \
+             proved again, a disabled one after enable_slot"
+                .to_string(),
         ));
     }
-    for leaf in leaves {
-        let Some(table) = Table::open_for_scan(leaf.table) else {
-            return Ok(Some(format!("{} is locked", table::name(leaf.table)?)));
+    // Our own table stands for those that were registered when the proof was made.
+    let tables = leaves.iter().map(|leaf| leaf.table);
+    for oid in tables.chain([catalog::registered_column()?]) {
+        let Some(table) = Table::open_for_scan(oid) else {
+            return Ok(Some(format!("{} is locked", table::name(oid)?)));
         };
         if locks::oldest_visible(&table) < proof.horizon {
             drop(table);
@@ -116,12 +127,29 @@ fn horizon_passed(slot: SlotId, leaves: &[Leaf]) -> Result<Option<String>> {
     standbys_behind(&proof.lsn)
 }
 
+/// Waits a while for every transaction of this database that has written something by now; names
+/// those that have not ended. A statement that began before the proof may have copied stale values
+/// and ended: its transaction has no old snapshot any more, and the scan does not see what it has
+/// not committed. Whoever writes later reads what the scan reads.
+fn writers_ended() -> Result<Option<String>> {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let begin = Instant::now();
+    let writers = work::writers()?;
+    loop {
+        let left = work::name_writers(&writers)?;
+        if left.is_none() || begin.elapsed() > PATIENCE {
+            return Ok(left);
+        }
+        session::sleep_ms(20);
+    }
+}
+
 /// Names what still has a snapshot older than the horizon.
 fn old_transactions(horizon: u64) -> Result<String> {
     let old = "age(x) >= age($1::text::xid)";
     let named = sql::text(
         &format!(
-            "SELECT string_agg(who, ', ') FROM ( \
+            "SELECT string_agg(DISTINCT who, ', ') FROM ( \
                SELECT 'pid ' || pid AS who, x FROM pg_catalog.pg_stat_activity, \
                       LATERAL (VALUES (backend_xid), (backend_xmin)) AS v(x) \
                 WHERE x IS NOT NULL AND pid <> pg_catalog.pg_backend_pid() \
@@ -162,7 +190,16 @@ fn standbys_behind(lsn: &str) -> Result<Option<String>> {
             "standbys have not replayed the proof: {names}"
         )));
     }
-    let silent = sql::bigint(&format!("SELECT count(*) {SILENT}"), &[])?;
+    // One that is disconnected may still run queries, and sends its feedback to its slot.
+    let silent = sql::bigint(
+        &format!(
+            "SELECT (SELECT count(*) {SILENT}) \
+                  + (SELECT count(*) FROM pg_catalog.pg_replication_slots \
+                      WHERE slot_type = 'physical' AND NOT active AND restart_lsn IS NOT NULL \
+                        AND xmin IS NULL)"
+        ),
+        &[],
+    )?;
     let gone = sql::text(
         "SELECT string_agg(slot_name, ', ') FROM pg_catalog.pg_replication_slots \
           WHERE slot_type = 'physical' AND NOT active AND restart_lsn < $1::text::pg_lsn",

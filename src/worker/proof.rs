@@ -3,8 +3,8 @@
 //! Called by src/worker/drain.rs, and by src/worker/ending.rs for the second scan. The
 //! tables' files, columns and leaves are recorded first and looked at again with every chunk:
 //! TRUNCATE and rewrites are not MVCC-safe, so that a scan across one would prove nothing. Between
-//! chunks no lock is held. Invariant: `Clean` means that the snapshot sees no envelope of the
-//! slots in any registered column, but for dismissed rows.
+//! chunks no lock is held. Invariant: `Clean` means that the snapshot sees no envelope or
+//! fingerprint of the slots in any registered column, but for dismissed rows.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -19,8 +19,8 @@ use crate::error::{Error, Result};
 use crate::ffi::sql;
 use crate::ffi::table::{self, Snapshot, Table, Tid};
 use crate::ffi::{background, locks, session, shared};
-use crate::registry::{self, Leaf};
-use crate::stale::{self, BySlot};
+use crate::registry::{self, Leaf, LeafColumn};
+use crate::stale::{BySlot, Holds};
 use crate::{failpoint, guc};
 
 /// Blocks between two looks at the record: 4 MiB, so that an ALTER TABLE waits some milliseconds.
@@ -162,6 +162,7 @@ impl Scan {
         found: &mut Vec<Tid>,
     ) -> Result<std::result::Result<Record, Verdict>> {
         let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
+        let kinds: Vec<Holds> = leaf.columns.iter().map(LeafColumn::holds).collect();
         let dismissed = work::heads(leaf.table, true)?;
         let name = table::name(leaf.table)?;
         let mut record: Option<Record> = None;
@@ -190,14 +191,15 @@ impl Scan {
                 &columns,
                 |tid, values| {
                     record.rows += 1;
-                    let names_one = |value: &Option<pg_sys::Datum>| {
+                    let names_one = |(value, kind): (&Option<pg_sys::Datum>, &Holds)| {
                         value.is_some_and(|datum| {
-                            stale::header(datum).is_some_and(|h| self.wanted.contains_key(&h.slot))
+                            kind.slot(datum)
+                                .is_some_and(|s| self.wanted.contains_key(&s))
                                 && (dismissed.is_empty()
-                                    || stale::head(datum).is_none_or(|h| !dismissed.contains(&h)))
+                                    || kind.head(datum).is_none_or(|h| !dismissed.contains(&h)))
                         })
                     };
-                    if values.iter().any(names_one) && found.len() < REMEMBERED {
+                    if values.iter().zip(&kinds).any(names_one) && found.len() < REMEMBERED {
                         found.push(tid);
                     }
                     true

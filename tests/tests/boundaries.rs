@@ -112,17 +112,20 @@ fn a_crash_at_each_boundary_of_the_worker_loses_nothing_and_it_goes_on() {
            FROM generate_series(1, 500) AS i;
          SELECT rekey.register_column('t', 'c')",
     );
-    for (turn, boundary) in OF_THE_WORKER.iter().enumerate() {
+    for boundary in OF_THE_WORKER {
         cluster.arm(boundary, "kill");
-        client.run("SELECT rotate_key('pii')");
+        // A worker that is about to end may be there first.
+        let rotated = client.simple_query("SELECT rotate_key('pii')").is_ok();
         wait_until(boundary, || !cluster.is_armed());
         wait_until("the server has crashed", || {
             client.simple_query("SELECT 1").is_err()
         });
         client = again(&cluster, "crashes");
-        wait_until("the slot is destroyed", || {
-            client.number("SELECT count(*) FROM rekey.slots WHERE state = 'destroyed'")
-                == i64::try_from(turn + 1).expect("a small number")
+        if !rotated {
+            client.run("SELECT rotate_key('pii')");
+        }
+        wait_until("the old slot is destroyed", || {
+            client.number("SELECT count(*) FROM rekey.slots WHERE state <> 'destroyed'") == 1
         });
         assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
         assert_eq!(
@@ -145,9 +148,13 @@ fn a_crash_in_the_middle_of_a_rotation_undoes_it() {
     let before = client.text("SELECT active_slot::text FROM rekey.keys");
     for boundary in ["rotate.superseded", "rotate.activated"] {
         cluster.arm(boundary, "kill");
+        let mut witness = database.connect();
         client
             .simple_query("SELECT rotate_key('pii')")
             .expect_err("a crash");
+        wait_until("the server has crashed", || {
+            witness.simple_query("SELECT 1").is_err()
+        });
         client = again(&cluster, "rotation");
         assert!(!cluster.is_armed(), "{boundary}");
         assert_eq!(

@@ -376,3 +376,33 @@ fn code_that_swallows_every_cancel_delays_no_other_table() {
         states(&mut client) == ["drained", "active"]
     });
 }
+
+#[test]
+fn rows_beyond_the_room_of_the_quarantine_are_counted_and_listed_when_there_is_room() {
+    let database = database("room");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE k (id int PRIMARY KEY, c bytea);
+         INSERT INTO k SELECT i, encrypt_col('v' || i, 'pii', 'wrong')
+           FROM generate_series(1, 1200) AS i;
+         SELECT rekey.register_column('k', 'c', 'rekey.context(''k'', id::text)');
+         SELECT rotate_key('pii')",
+    );
+    client.run("CALL rekey.reencrypt()");
+    let counted = "SELECT rows_quarantined FROM rekey.progress WHERE table_name = 'k'::regclass";
+    let listed = "SELECT count(*) FROM rekey.errors WHERE table_name = 'k'::regclass";
+    assert_eq!(client.number(listed), 1000);
+    assert_eq!(client.number(counted), 1200);
+    client.run(
+        "DELETE FROM k USING rekey.errors e WHERE e.row_ref = k.ctid;
+         SELECT rekey.retry_quarantine()",
+    );
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(client.number(listed), 200);
+    assert_eq!(client.number(counted), 200);
+    assert_eq!(states(&mut client), ["previous", "active"]);
+    client.run("DELETE FROM k; SELECT rekey.retry_quarantine()");
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(client.number(counted), 0);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+}

@@ -332,7 +332,7 @@ CREATE FUNCTION rekey.find_envelopes() RETURNS TABLE (table_name text, column_na
            AS p(table_name text, column_name text, slot_id bigint, envelopes bigint)
 $$;
 COMMENT ON FUNCTION rekey.find_envelopes() IS
-    'Envelopes in bytea columns, materialized views and defaults that nobody has registered; reads every table';
+    'Envelopes and fingerprints in bytea columns, materialized views and defaults that nobody has registered; reads every table';
 
 CREATE FUNCTION rekey.rotation_forecast(key_name text) RETURNS text
     LANGUAGE c STABLE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'rotation_forecast_wrapper';

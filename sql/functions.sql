@@ -298,7 +298,7 @@ COMMENT ON FUNCTION rekey.envelope_places() IS
     'What find_envelopes returns, as JSON';
 
 CREATE FUNCTION rekey.find_envelopes() RETURNS TABLE (table_name text, column_name text, slot_id bigint, envelopes bigint)
-    LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT p.table_name, p.column_name, p.slot_id, p.envelopes
       FROM pg_catalog.jsonb_to_recordset(rekey.envelope_places()::jsonb)
            AS p(table_name text, column_name text, slot_id bigint, envelopes bigint)
@@ -312,7 +312,7 @@ COMMENT ON FUNCTION rekey.rotation_forecast(text) IS
     'What explain_rotation returns, as JSON';
 
 CREATE FUNCTION rekey.explain_rotation(key_name text DEFAULT '') RETURNS TABLE (item text, object text, figure text, note text)
-    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT f.item, f.object, f.figure, f.note
       FROM ROWS FROM (pg_catalog.jsonb_to_recordset(rekey.rotation_forecast(key_name)::jsonb)
                AS (item text, object text, figure text, note text)) WITH ORDINALITY
@@ -377,6 +377,12 @@ CREATE FUNCTION rekey.table_visible(table_name regclass) RETURNS boolean
     LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'table_visible_wrapper';
 COMMENT ON FUNCTION rekey.table_visible(regclass) IS
     'Whether the views show a table''s re-encryption to the current user: its owner and pg_monitor';
+
+CREATE FUNCTION rekey.proof_scan(table_name regclass, OUT since timestamptz, OUT blocks_done bigint,
+        OUT blocks bigint) RETURNS record
+    LANGUAGE c VOLATILE PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'proof_scan_wrapper';
+COMMENT ON FUNCTION rekey.proof_scan(regclass) IS
+    'Since when the worker scans for a proof, and how far it is in the table it is at (for its owner and pg_monitor)';
 
 CREATE FUNCTION rekey.evidence(key_name text DEFAULT '', since timestamptz DEFAULT NULL) RETURNS jsonb
     LANGUAGE c STABLE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'evidence_wrapper';

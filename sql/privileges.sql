@@ -39,7 +39,7 @@ BEGIN
                                  'rotate_root_key', 'retire_root_key', 'mark_compromised_root',
                                  'restore_slot', 'export_key', 'import_key',
                                  'refuse_direct_change', 'announce_change', 'guard_drop',
-                                 'forget_dropped', 'follow_renames', 'stamp_registration',
+                                 'forget_dropped', 'follow_renames', 'stamp_registration', 'yield_to_local',
                                  'pause', 'resume', 'find_envelopes',
                                  'envelope_places', 'evidence',
                                  'rotation_forecast', 'explain_rotation')

@@ -96,27 +96,36 @@ COMMENT ON VIEW rekey.columns IS 'Columns that are re-encrypted (for the tables'
 
 CREATE VIEW rekey.progress WITH (security_barrier) AS
 SELECT p.table_name,
-       CASE WHEN z.table_name IS NOT NULL THEN 'paused' ELSE p.phase END AS phase,
+       CASE WHEN z.table_name IS NOT NULL THEN 'paused'
+            WHEN n.since IS NOT NULL THEN 'proof' ELSE p.phase END AS phase,
        x.percent,
        pg_catalog.rpad(pg_catalog.repeat('#', (x.percent / 5)::integer), 20, '.') AS bar,
        p.rows_scanned,
        p.rows_rewritten,
        p.rows_skipped,
        (SELECT count(*) FROM rekey.quarantine q
-         WHERE q.table_name = p.table_name AND q.dismissed_at IS NULL) AS rows_quarantined,
+         WHERE q.table_name = p.table_name AND q.dismissed_at IS NULL)
+           + p.rows_unlisted AS rows_quarantined,
        CASE WHEN p.updated_at > p.started_at THEN
            (p.rows_scanned / extract(epoch FROM p.updated_at - p.started_at))::bigint
        END AS rows_per_second,
-       CASE WHEN x.percent > 0 AND x.percent < 100 THEN
+       CASE WHEN n.blocks_done > 0 THEN
+           (pg_catalog.clock_timestamp() - n.since)
+               * ((n.blocks - n.blocks_done)::double precision / n.blocks_done)
+            WHEN n.since IS NULL AND x.percent > 0 AND x.percent < 100 THEN
            (p.updated_at - p.started_at) * ((100 - x.percent) / x.percent)::double precision
        END AS time_left,
        CASE WHEN z.table_name IS NOT NULL
             THEN 'paused by ' || z.paused_by || CASE WHEN z.reason = '' THEN '' ELSE ': ' || z.reason END
             ELSE p.note END AS waits_for,
        p.started_at,
-       p.updated_at
+       p.updated_at,
+       pg_catalog.clock_timestamp() - n.since AS snapshot_age
   FROM rekey.progress_state p
-  CROSS JOIN LATERAL (SELECT CASE WHEN p.blocks_total = 0 OR p.blocks_left = 0 THEN 100.0
+  CROSS JOIN LATERAL rekey.proof_scan(p.table_name) AS n
+  CROSS JOIN LATERAL (SELECT CASE
+           WHEN n.blocks IS NOT NULL THEN round(100.0 * n.blocks_done / greatest(n.blocks, 1), 1)
+           WHEN p.blocks_total = 0 OR p.blocks_left = 0 THEN 100.0
            ELSE round(100.0 * greatest(p.blocks_total - p.blocks_left, 0) / p.blocks_total, 1)
            END AS percent) AS x
   LEFT JOIN LATERAL (SELECT * FROM rekey.pause z
@@ -200,17 +209,18 @@ COMMENT ON COLUMN rekey.columns.registered_by IS 'Who registered it';
 
 COMMENT ON COLUMN rekey.progress.table_name IS 'Table, a leaf where it is partitioned';
 COMMENT ON COLUMN rekey.progress.phase IS 'pass, barrier, proof, done or paused';
-COMMENT ON COLUMN rekey.progress.percent IS 'Share of the table''s blocks that the pass has visited';
+COMMENT ON COLUMN rekey.progress.percent IS 'Share of the table''s blocks that the pass has visited; during a proof, of the table it is at, what it has scanned';
 COMMENT ON COLUMN rekey.progress.bar IS 'The same as a bar';
 COMMENT ON COLUMN rekey.progress.rows_scanned IS 'Rows looked at';
 COMMENT ON COLUMN rekey.progress.rows_rewritten IS 'Rows re-encrypted';
 COMMENT ON COLUMN rekey.progress.rows_skipped IS 'Rows that somebody else had locked, looked at again later';
-COMMENT ON COLUMN rekey.progress.rows_quarantined IS 'Rows under quarantine, see rekey.errors';
+COMMENT ON COLUMN rekey.progress.rows_quarantined IS 'Rows under quarantine; rekey.errors lists 1,000 of them';
 COMMENT ON COLUMN rekey.progress.rows_per_second IS 'Rows looked at per second since the pass began, rests included';
 COMMENT ON COLUMN rekey.progress.time_left IS 'Time that the rest of the pass takes at this speed';
 COMMENT ON COLUMN rekey.progress.waits_for IS 'What it waits for: a session by pid, a prepared transaction by its gid, a lock, a pause';
 COMMENT ON COLUMN rekey.progress.started_at IS 'When the pass began';
 COMMENT ON COLUMN rekey.progress.updated_at IS 'When the last batch was committed';
+COMMENT ON COLUMN rekey.progress.snapshot_age IS 'During a proof: the age of its snapshot, which holds back vacuum';
 
 COMMENT ON COLUMN rekey.errors.quarantine_id IS 'Number of the entry, for dismiss_quarantine';
 COMMENT ON COLUMN rekey.errors.table_name IS 'Table';

@@ -18,6 +18,7 @@
 //! | `root_key` | where root keys come from |
 //! | `catalog` | the only place that knows our tables |
 //! | `guc`, `error` | settings; the one table of errors |
+//! | `failpoint` | where tests of debug builds stop or kill the server |
 //! | `ffi` | raw PostgreSQL calls, fenced |
 
 use pgrx::prelude::*;
@@ -26,6 +27,7 @@ mod api;
 mod cache;
 mod catalog;
 mod error;
+mod failpoint;
 mod ffi;
 mod guc;
 mod lifecycle;

@@ -15,7 +15,7 @@ use crate::catalog::work;
 use crate::catalog::write::{self, Audit};
 use crate::error::{Error, Result};
 use crate::ffi::{session, text};
-use crate::{root_key, standbys};
+use crate::{failpoint, root_key, standbys};
 
 /// A slot that exists in memory only: made, wrapped and unwrapped again.
 struct NewSlot {
@@ -246,7 +246,10 @@ pub fn rotate(key: &str, reason: &str) -> Result<SlotId> {
     if let Some(active) = in_state(&slots, SlotState::Active) {
         write::transition(active, SlotState::Previous, "rotate_key", "")?;
     }
-    fresh.insert(key, SlotState::Active, "rotate_key", reason)
+    failpoint::reach("rotate.superseded")?;
+    let id = fresh.insert(key, SlotState::Active, "rotate_key", reason)?;
+    failpoint::reach("rotate.activated")?;
+    Ok(id)
 }
 
 /// Rotates up to `most` keys whose active slot was activated before a timestamptz datum, the oldest

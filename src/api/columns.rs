@@ -17,7 +17,7 @@ use crate::ffi::expression::Expression;
 use crate::ffi::session::{self, ActAs};
 use crate::ffi::table::columns_of;
 use crate::ffi::trigger::TriggerCall;
-use crate::ffi::{hooks, relation, scan, table, text};
+use crate::ffi::{background, hooks, relation, scan, shared, table, text};
 use crate::registry;
 use crate::worker::drain::{Drainer, Step};
 use crate::worker::{elsewhere, forecast};
@@ -305,9 +305,12 @@ fn reencrypt_step(fcinfo: FunctionCallInfo) -> Reply {
         let first = call.required_bool(1, "first")?;
         let user = session::current_user();
         let (leaves, _) = registry::leaves()?;
-        let owns_all = leaves
-            .iter()
-            .all(|leaf| relation::is_owned_by(leaf.table, user));
+        let registered = read::registered_columns()?;
+        let named = registered.iter().map(|row| row.table);
+        let owns_all = named
+            .filter(|table| relation::exists(*table))
+            .chain(leaves.iter().map(|leaf| leaf.table))
+            .all(|table| relation::is_owned_by(table, user));
         match table {
             Some(oid) => own(oid)?,
             None if owns_all => {}
@@ -319,12 +322,14 @@ fn reencrypt_step(fcinfo: FunctionCallInfo) -> Reply {
                 ));
             }
         }
+        // With nothing registered only after_drain is left to do.
+        let proves = owns_all && (!registered.is_empty() || session::is_superuser(user));
         if first {
-            FOREGROUND.replace(Some(Drainer::new(table, owns_all)));
+            FOREGROUND.replace(Some(Drainer::new(table, proves)));
         }
         let mut drainer = FOREGROUND
             .take()
-            .unwrap_or_else(|| Drainer::new(table, owns_all));
+            .unwrap_or_else(|| Drainer::new(table, proves));
         let step = drainer.step()?;
         FOREGROUND.replace(Some(drainer));
         let (message, rewritten, finished) = match step {
@@ -468,6 +473,25 @@ fn table_visible(fcinfo: FunctionCallInfo) -> Reply {
         let visible = super::grants::monitors(user)
             || relation::exists(oid) && relation::is_owned_by(oid, user);
         Ok(Reply::bool(visible))
+    })
+}
+
+/// For rekey.progress: the scan of a proof that the worker of this database makes.
+#[pg_extern(sql = false)]
+fn proof_scan(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let oid = call.required_oid(0, "table_name")?;
+        let user = session::current_user();
+        let visible = super::grants::monitors(user)
+            || relation::exists(oid) && relation::is_owned_by(oid, user);
+        let scan = shared::scan_in(background::database()).filter(|_| visible);
+        let here = scan.filter(|scan| scan.table == oid.to_u32());
+        let blocks = |count: u32| pg_sys::Datum::from(i64::from(count));
+        Ok(call.record(&mut [
+            scan.map(|scan| pg_sys::Datum::from(scan.since)),
+            here.map(|scan| blocks(scan.done)),
+            here.map(|scan| blocks(scan.blocks)),
+        ]))
     })
 }
 

@@ -50,6 +50,16 @@ pub fn process() -> c_int {
     unsafe { pg_sys::MyProcPid }
 }
 
+/// Ends this process as kill -9 does. For tests of crashes.
+#[cfg(debug_assertions)]
+pub fn kill_this_process() -> ! {
+    // SAFETY: a signal to the own process, which does not survive it.
+    unsafe {
+        libc::kill(process(), libc::SIGKILL);
+        libc::abort()
+    }
+}
+
 /// Whether `user` has the privileges of `role` (membership with INHERIT, superusers have all).
 pub fn has_privileges_of(user: pg_sys::Oid, role: pg_sys::Oid) -> bool {
     // SAFETY: syscache look-ups only.

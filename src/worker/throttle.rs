@@ -60,9 +60,11 @@ fn read(table: Option<Oid>) -> Result<Facts> {
           WHERE $1::text IS NULL OR application_name = ANY ($1::text[])",
         &[Arg::OptionalText(standbys.as_deref())],
     )?;
+    // The failures of an archive that was given up since are history.
     let archiver = bigint(
         "SELECT count(*) FROM pg_catalog.pg_stat_archiver \
-          WHERE last_failed_time > coalesce(last_archived_time, '-infinity')",
+          WHERE last_failed_time > coalesce(last_archived_time, '-infinity') \
+            AND pg_catalog.current_setting('archive_mode') <> 'off'",
         &[],
     )?;
     let losing = bigint(

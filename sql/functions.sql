@@ -340,7 +340,7 @@ COMMENT ON FUNCTION rekey.rotation_forecast(text) IS
     'What explain_rotation returns, as JSON';
 
 CREATE FUNCTION rekey.explain_rotation(key_name text DEFAULT '') RETURNS TABLE (item text, object text, figure text, note text)
-    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT f.item, f.object, f.figure, f.note
       FROM ROWS FROM (pg_catalog.jsonb_to_recordset(rekey.rotation_forecast(key_name)::jsonb)
                AS (item text, object text, figure text, note text)) WITH ORDINALITY

@@ -146,7 +146,7 @@ pub fn count(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at) % 3 == 0 {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
             text.push(',');
         }
         text.push(digit);
@@ -185,10 +185,11 @@ pub fn duration(seconds: f64) -> String {
 /// of `piece` blocks that are spread over the table, each at a place that `seed` shifts.
 #[must_use]
 pub fn spread(blocks: u32, most: u32, piece: u32, seed: u64) -> Vec<std::ops::Range<u32>> {
-    if blocks <= most {
-        return vec![0..blocks];
-    }
-    let pieces = (most / piece).max(1);
+    let (pieces, piece) = if blocks <= most {
+        (1, blocks)
+    } else {
+        ((most / piece).max(1), piece)
+    };
     let step = blocks / pieces;
     let mut state = seed;
     let mut shift = || {

@@ -203,7 +203,7 @@ fn it_is_for_whom_it_was_granted_to() {
     let ask = "SELECT count(*) FROM rekey.explain_rotation('pii')";
     session.fail(ask, "42501");
     admin.run(&format!(
-        "GRANT EXECUTE ON FUNCTION rekey.explain_rotation(text), rekey.rotation_forecast(text) TO {app}"
+        "GRANT EXECUTE ON FUNCTION rekey.explain_rotation(text) TO {app}"
     ));
     assert!(session.number(ask) > 0);
     admin.refuse("SELECT * FROM rekey.explain_rotation('nobody')", "42704");

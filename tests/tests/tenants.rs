@@ -30,7 +30,7 @@ fn database(name: &str) -> (Database<'static>, Client, String) {
 /// Creates `count` keys tenant-1 and so on.
 fn create(admin: &mut Client, count: i64) {
     let made = admin.number(&format!(
-        "SELECT rekey.create_keys(array(SELECT 'tenant-' || i FROM generate_series(1, {count}) i), \
+        "/* {count} keys */ SELECT rekey.create_keys(array(SELECT 'tenant-' || i FROM generate_series(1, {count}) i), \
              'template')"
     ));
     assert_eq!(made, count);
@@ -53,6 +53,9 @@ fn keys_come_with_the_policy_and_the_grants_of_the_template_and_an_audit_row_eac
         ),
         MANY
     );
+    let log = cluster().log();
+    assert!(log.contains("action=create_keys key=\"tenant-1999\""));
+    assert!(!log.contains("/* 2000 keys */"), "once for each key");
     let mut app = database.connect_as(&app);
     let opened = "SELECT count(*) FROM (SELECT i, encrypt_col('v' || i, 'tenant-' || i) AS c \
            FROM generate_series(1, 1000) i OFFSET 0) AS s WHERE decrypt_col(c) = 'v' || i";

@@ -292,12 +292,6 @@ pub fn in_recovery() -> bool {
     unsafe { pg_sys::RecoveryInProgress() }
 }
 
-/// The name of the database of this session.
-pub fn database_name() -> String {
-    // SAFETY: a syscache look-up; the result is a C string or NULL.
-    unsafe { super::text::c_string(pg_sys::get_database_name(pg_sys::MyDatabaseId)) }
-}
-
 /// Raises 25006 in a READ ONLY transaction and on a standby.
 pub fn refuse_read_only(function: &CStr) {
     // SAFETY: a C string for the message.

@@ -153,7 +153,8 @@ CREATE TABLE rekey.progress_state (
                    CHECK (phase IN ('pass', 'barrier', 'proof', 'done')),
     note           text NOT NULL DEFAULT '',
     started_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
-    updated_at     timestamptz NOT NULL DEFAULT clock_timestamp()
+    updated_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    rows_unlisted  bigint NOT NULL DEFAULT 0
 );
 COMMENT ON TABLE rekey.progress_state IS 'Where re-encryption of a table stands; not dumped';
 COMMENT ON COLUMN rekey.progress_state.table_name IS 'Table, a leaf where it is partitioned';
@@ -169,6 +170,7 @@ COMMENT ON COLUMN rekey.progress_state.phase IS 'pass, barrier, proof or done';
 COMMENT ON COLUMN rekey.progress_state.note IS 'What it waits for';
 COMMENT ON COLUMN rekey.progress_state.started_at IS 'When the pass began';
 COMMENT ON COLUMN rekey.progress_state.updated_at IS 'When the last batch was committed';
+COMMENT ON COLUMN rekey.progress_state.rows_unlisted IS 'Rows that failed and that rekey.quarantine has no room for';
 
 CREATE TABLE rekey.pause (
     table_name   regclass PRIMARY KEY,

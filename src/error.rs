@@ -170,6 +170,17 @@ impl Error {
         unreachable!("ERROR does not return")
     }
 
+    /// The facts and the next step, as rekey.check() shows them.
+    pub fn explain(self) -> (String, String) {
+        let (_, message, detail, hint) = self.texts();
+        let facts = if detail.is_empty() {
+            message
+        } else {
+            format!("{message}: {detail}")
+        };
+        (facts, hint)
+    }
+
     /// Its SQLSTATE.
     pub fn code(self) -> Code {
         self.texts().0

@@ -47,6 +47,8 @@ impl LeafColumn {
 
 /// How the fingerprints of a column are made.
 pub struct FingerprintColumn {
+    /// Table that it was registered for: the leaf, or the partitioned one above it.
+    pub registered: Oid,
     /// Number of the sealed column beside it, which is registered too.
     pub sealed: i16,
     /// Lookup key.
@@ -61,6 +63,10 @@ pub struct FingerprintColumn {
 pub struct Trouble {
     /// Table, as people write it.
     pub table: String,
+    /// Table that was registered: the same, or the partitioned one above it.
+    pub registered: Oid,
+    /// Column, as it was registered.
+    pub column: String,
     /// What is wrong.
     pub what: String,
 }
@@ -119,6 +125,8 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
         let Some(name) = root_name else {
             troubles.push(Trouble {
                 table: crate::ffi::table::name(row.table)?,
+                registered: row.table,
+                column: row.column.clone(),
                 what: format!("column \"{}\" is gone", row.column),
             });
             continue;
@@ -128,6 +136,8 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
             if relation::kind(table) != b'r' {
                 troubles.push(Trouble {
                     table: crate::ffi::table::name(table)?,
+                    registered: row.table,
+                    column: name.clone(),
                     what: "a partition that is a foreign table cannot be re-encrypted here"
                         .to_string(),
                 });
@@ -137,6 +147,8 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
             let Some(attnum) = number.filter(|n| relation::is_bytea(table, *n)) else {
                 troubles.push(Trouble {
                     table: crate::ffi::table::name(table)?,
+                    registered: row.table,
+                    column: name.clone(),
                     what: format!("column \"{name}\" is not of type bytea"),
                 });
                 continue;
@@ -144,6 +156,7 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
             let sealed = sealed.as_deref();
             let sealed = sealed.and_then(|sealed| relation::column_number(table, sealed));
             let fingerprint = row.fingerprint.as_ref().map(|of| FingerprintColumn {
+                registered: row.table,
                 sealed: sealed.unwrap_or(0),
                 key: of.key.clone(),
                 sealed_key: of.sealed_key.clone(),
@@ -172,11 +185,15 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
     for leaf in &mut leaves {
         leaf.columns.sort_by_key(|column| column.attnum);
         for column in &leaf.columns {
-            let sealed = column.fingerprint.as_ref().map(|of| of.sealed);
-            let is_sealed = |c: &LeafColumn| c.fingerprint.is_none() && Some(c.attnum) == sealed;
-            if sealed.is_some() && !leaf.columns.iter().any(is_sealed) {
+            let Some(of) = &column.fingerprint else {
+                continue;
+            };
+            let is_sealed = |c: &LeafColumn| c.fingerprint.is_none() && c.attnum == of.sealed;
+            if !leaf.columns.iter().any(is_sealed) {
                 troubles.push(Trouble {
                     table: crate::ffi::table::name(leaf.table)?,
+                    registered: of.registered,
+                    column: column.name.clone(),
                     what: format!(
                         "the sealed column beside \"{}\" is gone or not registered",
                         column.name

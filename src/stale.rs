@@ -189,6 +189,14 @@ impl Holds {
 /// bytes: they tell it from those of other values.
 pub type Head = [u8; CIPHERTEXT_AT];
 
+/// The slot that a head names. A fingerprint begins with it, and an envelope with a byte that no
+/// slot id begins with.
+pub fn slot_of(head: &Head) -> Option<SlotId> {
+    let fingerprint = || SlotId::new(u64::from_be_bytes(*head.first_chunk()?));
+    let envelope = Header::parse(head).ok().map(|header| header.slot);
+    envelope.or_else(fingerprint)
+}
+
 /// The header of a datum that is long enough to be an envelope, without its body.
 #[inline]
 pub fn header(datum: pg_sys::Datum) -> Option<Header> {

@@ -1,5 +1,6 @@
 //! Registered columns and their re-encryption: register_column, register_fingerprint,
-//! unregister_column, reencrypt's steps, pause and resume, the quarantine, find_envelopes, evidence.
+//! unregister_column, reencrypt's steps, pause and resume, the quarantine, find_envelopes,
+//! explain_rotation, evidence.
 
 use std::cell::RefCell;
 use std::time::Duration;
@@ -20,11 +21,11 @@ use crate::ffi::expression::Expression;
 use crate::ffi::session::{self, ActAs};
 use crate::ffi::table::columns_of;
 use crate::ffi::trigger::TriggerCall;
-use crate::ffi::{hooks, relation, scan, table, text};
+use crate::ffi::{background, hooks, relation, scan, shared, table, text};
 use crate::registry;
 use crate::stale::Holds;
 use crate::worker::drain::{Drainer, Step};
-use crate::worker::{elsewhere, refresh};
+use crate::worker::{elsewhere, forecast, refresh};
 
 fn object(code: Code, message: String, detail: &str, hint: &str) -> Error {
     Error::Object(code, message, detail.to_string(), hint.to_string())
@@ -398,9 +399,12 @@ fn reencrypt_step(fcinfo: FunctionCallInfo) -> Reply {
         let first = call.required_bool(1, "first")?;
         let user = session::current_user();
         let (leaves, _) = registry::leaves()?;
-        let owns_all = leaves
-            .iter()
-            .all(|leaf| relation::is_owned_by(leaf.table, user));
+        let registered = read::registered_columns()?;
+        let named = registered.iter().map(|row| row.table);
+        let owns_all = named
+            .filter(|table| relation::exists(*table))
+            .chain(leaves.iter().map(|leaf| leaf.table))
+            .all(|table| relation::is_owned_by(table, user));
         match table {
             Some(oid) => own(oid)?,
             None if owns_all => {}
@@ -412,12 +416,14 @@ fn reencrypt_step(fcinfo: FunctionCallInfo) -> Reply {
                 ));
             }
         }
+        // With nothing registered only after_drain is left to do.
+        let proves = owns_all && (!registered.is_empty() || session::is_superuser(user));
         if first {
-            FOREGROUND.replace(Some(Drainer::new(table, owns_all)));
+            FOREGROUND.replace(Some(Drainer::new(table, proves)));
         }
         let mut drainer = FOREGROUND
             .take()
-            .unwrap_or_else(|| Drainer::new(table, owns_all));
+            .unwrap_or_else(|| Drainer::new(table, proves));
         let step = drainer.step()?;
         FOREGROUND.replace(Some(drainer));
         let (message, rewritten, finished) = match step {
@@ -540,6 +546,18 @@ fn envelope_places(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |_| Reply::text(&elsewhere::as_json()?))
 }
 
+/// For explain_rotation().
+#[pg_extern(sql = false)]
+fn rotation_forecast(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let key = super::keys::key_or_default(&call, 0)?;
+        if read::key(&text::to_server(key.as_bytes())?)?.is_none() {
+            return Err(Error::unknown_key(key));
+        }
+        Reply::text(&forecast::as_json(&key)?)
+    })
+}
+
 /// For views: whether the current user may see a table's re-encryption.
 #[pg_extern(sql = false)]
 fn table_visible(fcinfo: FunctionCallInfo) -> Reply {
@@ -549,6 +567,25 @@ fn table_visible(fcinfo: FunctionCallInfo) -> Reply {
         let visible = super::grants::monitors(user)
             || relation::exists(oid) && relation::is_owned_by(oid, user);
         Ok(Reply::bool(visible))
+    })
+}
+
+/// For rekey.progress: the scan of a proof that the worker of this database makes.
+#[pg_extern(sql = false)]
+fn proof_scan(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let oid = call.required_oid(0, "table_name")?;
+        let user = session::current_user();
+        let visible = super::grants::monitors(user)
+            || relation::exists(oid) && relation::is_owned_by(oid, user);
+        let scan = shared::scan_in(background::database()).filter(|_| visible);
+        let here = scan.filter(|scan| scan.table == oid.to_u32());
+        let blocks = |count: u32| pg_sys::Datum::from(i64::from(count));
+        Ok(call.record(&mut [
+            scan.map(|scan| pg_sys::Datum::from(scan.since)),
+            here.map(|scan| blocks(scan.done)),
+            here.map(|scan| blocks(scan.blocks)),
+        ]))
     })
 }
 

@@ -163,8 +163,29 @@ impl Expression {
         }
     }
 
-    /// The result for the row in `slot`, in UTF-8; None for NULL. Raises what the expression raises.
+    /// An expression that PostgreSQL has stored, of any type.
+    ///
+    /// # Safety
+    /// `node` is a parsed expression over one relation.
+    pub unsafe fn of_node(node: *mut pg_sys::Node) -> Result<Expression> {
+        // SAFETY: promised by the caller; the copy outlives the relation cache's entry.
+        unsafe {
+            let copy: *mut pg_sys::Expr = pg_sys::copyObjectImpl(node.cast()).cast();
+            let planned = pg_sys::expression_planner(copy);
+            Ok(Expression {
+                state: pg_sys::ExecInitExpr(planned, std::ptr::null_mut()),
+                context: pg_sys::CreateStandaloneExprContext(),
+            })
+        }
+    }
+
+    /// The value for the row in `slot`, in UTF-8; None for NULL. Raises what the expression raises.
     pub fn evaluate(&self, slot: *mut pg_sys::TupleTableSlot) -> Result<Option<Vec<u8>>> {
+        self.datum(slot)?.map(bytes_of).transpose()
+    }
+
+    /// The same as a datum of the expression's type, which lives until the next value is asked for.
+    pub fn datum(&self, slot: *mut pg_sys::TupleTableSlot) -> Result<Option<pg_sys::Datum>> {
         // SAFETY: the slot holds a row of the relation that the expression was prepared for.
         unsafe {
             (*self.context).ecxt_scantuple = slot;
@@ -175,17 +196,18 @@ impl Expression {
     /// The result for a text datum, in UTF-8; None for NULL. Raises what the expression raises.
     pub fn evaluate_over(&self, value: pg_sys::Datum) -> Result<Option<Vec<u8>>> {
         // SAFETY: prepared by `over_value`, which made the list of one parameter.
-        unsafe {
+        let result = unsafe {
             let parameter = (*(*self.context).ecxt_param_list_info).params.as_mut_ptr();
             (*parameter).value = value;
             (*parameter).isnull = false;
-            self.run()
-        }
+            self.run()?
+        };
+        result.map(bytes_of).transpose()
     }
 
     /// # Safety
     /// The context holds what the expression was prepared for.
-    unsafe fn run(&self) -> Result<Option<Vec<u8>>> {
+    unsafe fn run(&self) -> Result<Option<pg_sys::Datum>> {
         // SAFETY: promised by the caller. The evaluation function is called as ExecEvalExpr does,
         // under pgrx's guard.
         unsafe {
@@ -199,15 +221,16 @@ impl Expression {
                 }),
                 None => return Err(Error::Internal("an expression is not ready".to_string())),
             };
-            let value = if null {
-                None
-            } else {
-                Some(super::text::to_utf8(super::text::detoasted(datum))?.into_owned())
-            };
             pg_sys::CurrentMemoryContext = previous;
-            Ok(value)
+            Ok((!null).then_some(datum))
         }
     }
+}
+
+/// A text datum in UTF-8.
+fn bytes_of(datum: pg_sys::Datum) -> Result<Vec<u8>> {
+    let value = super::text::to_utf8(super::text::detoasted(datum))?;
+    Ok(value.into_owned())
 }
 
 /// Parses and analyses an expression of type text, over what `names` lets it name.

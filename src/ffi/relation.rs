@@ -77,6 +77,19 @@ pub fn column_number(relation: Oid, name: &str) -> Option<i16> {
     (number > 0).then_some(number)
 }
 
+/// The numbers of the live user columns, in order.
+pub fn columns(relation: Oid) -> Vec<i16> {
+    let mut columns = Vec::new();
+    let mut attnum = 1;
+    while let Some(dropped) = attribute(relation, attnum, |_, row| row.attisdropped) {
+        if !dropped {
+            columns.push(attnum);
+        }
+        attnum += 1;
+    }
+    columns
+}
+
 /// The transaction that made a table, as it stands in the catalog; None when there is no table.
 ///
 /// pg_attribute's row of the system column tableoid is written by CREATE TABLE. Nothing rewrites it
@@ -97,6 +110,11 @@ pub fn system_identifier() -> u64 {
 /// Whether PostgreSQL computes a column.
 pub fn is_generated(relation: Oid, attnum: i16) -> bool {
     attribute(relation, attnum, |_, row| row.attgenerated != 0).unwrap_or(false)
+}
+
+/// pg_attribute.attidentity: a for ALWAYS, d for BY DEFAULT, 0 for no identity column.
+pub fn identity(relation: Oid, attnum: i16) -> u8 {
+    attribute(relation, attnum, |_, row| row.attidentity.to_ne_bytes()[0]).unwrap_or(0)
 }
 
 /// Whether a column is bytea, or a domain over it.

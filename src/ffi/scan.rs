@@ -226,6 +226,20 @@ pub fn is_our_extension(extension: pg_sys::Oid) -> bool {
     extension == ours && ours != pg_sys::InvalidOid
 }
 
+/// The name of a function, if it is one of this extension.
+pub fn verb(function: pg_sys::Oid) -> Option<String> {
+    // SAFETY: catalog look-ups that answer for what is not there.
+    unsafe {
+        let ours = pg_sys::get_extension_oid(c"pg_rekey".as_ptr(), true);
+        let functions = pg_sys::Oid::from(1255); // ProcedureRelationId
+        let name = pg_sys::get_func_name(function);
+        (ours != pg_sys::InvalidOid
+            && !name.is_null()
+            && pg_sys::getExtensionOfObject(functions, function) == ours)
+            .then(|| super::text::c_string(name))
+    }
+}
+
 /// Whether a relation is a member of the extension pg_rekey of this database.
 pub fn belongs_to_us(relation: pg_sys::Oid) -> bool {
     // SAFETY: catalog look-ups; the dependency is still there when the drop hook asks.

@@ -65,6 +65,16 @@ pub fn process() -> c_int {
     unsafe { pg_sys::MyProcPid }
 }
 
+/// Ends this process as kill -9 does. For tests of crashes.
+#[cfg(debug_assertions)]
+pub fn kill_this_process() -> ! {
+    // SAFETY: a signal to the own process, which does not survive it.
+    unsafe {
+        libc::kill(process(), libc::SIGKILL);
+        libc::abort()
+    }
+}
+
 /// Whether `user` has the privileges of `role` (membership with INHERIT, superusers have all).
 pub fn has_privileges_of(user: pg_sys::Oid, role: pg_sys::Oid) -> bool {
     // SAFETY: syscache look-ups only.
@@ -261,6 +271,18 @@ pub fn in_preload() -> bool {
 pub fn in_extension_script() -> bool {
     // SAFETY: a static.
     unsafe { pg_sys::creating_extension }
+}
+
+/// Whether this server is a standby, or otherwise replays WAL.
+pub fn in_recovery() -> bool {
+    // SAFETY: reads shared memory.
+    unsafe { pg_sys::RecoveryInProgress() }
+}
+
+/// The name of the database of this session.
+pub fn database_name() -> String {
+    // SAFETY: a syscache look-up; the result is a C string or NULL.
+    unsafe { super::text::c_string(pg_sys::get_database_name(pg_sys::MyDatabaseId)) }
 }
 
 /// Raises 25006 in a READ ONLY transaction and on a standby.

@@ -5,7 +5,7 @@
 //! would be plaintext in a log: they are raised again here with a fixed text.
 
 use std::borrow::Cow;
-use std::ffi::c_int;
+use std::ffi::{CString, c_int};
 
 use pgrx::pg_sys;
 use pgrx::{PgSqlErrorCode, PgTryBuilder};
@@ -53,6 +53,12 @@ pub fn varlena_len(datum: pg_sys::Datum) -> usize {
     // SAFETY: a non-NULL varlena; the function reads its header or its toast pointer.
     let whole = unsafe { pg_sys::toast_raw_datum_size(datum) };
     (whole as usize).saturating_sub(VARHDRSZ)
+}
+
+/// Whether a varlena is stored out of line.
+pub fn is_out_of_line(datum: pg_sys::Datum) -> bool {
+    // SAFETY: a non-NULL varlena, of which the header is read.
+    unsafe { pgrx::varatt_is_1b_e(datum.cast_mut_ptr()) }
 }
 
 /// Whether the varlena is compressed or out of line.
@@ -167,6 +173,34 @@ pub fn message(text: String) -> String {
         }
     };
     text.chars().map(escape).collect()
+}
+
+/// Text from anywhere, the operating system's too, as text that the server's encoding has.
+pub fn representable(text: String) -> String {
+    match to_server(text.as_bytes()) {
+        Ok(_) => text,
+        Err(_) => message(text),
+    }
+}
+
+/// A name as it is written in SQL.
+pub fn quoted_identifier(name: &str) -> String {
+    let server = to_server(name.as_bytes()).map(Cow::into_owned);
+    let Some(server) = server.ok().and_then(|name| CString::new(name).ok()) else {
+        return format!("\"{}\"", name.replace('"', "\"\""));
+    };
+    // SAFETY: a C string; the result is it or a palloc'd one.
+    unsafe { c_string(pg_sys::quote_identifier(server.as_ptr())) }
+}
+
+/// A text as it is written in SQL.
+pub fn quoted_literal(text: &str) -> String {
+    let quoted = text.replace('\'', "''");
+    if quoted.contains('\\') {
+        format!("E'{}'", quoted.replace('\\', "\\\\"))
+    } else {
+        format!("'{quoted}'")
+    }
 }
 
 /// A text datum from UTF-8, in the current memory context.

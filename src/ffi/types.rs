@@ -273,6 +273,12 @@ pub fn display_name(type_oid: pg_sys::Oid) -> String {
     unsafe { super::text::c_string(pg_sys::format_type_be(type_oid)) }
 }
 
+/// A type's name with its schema, quoted as needed.
+pub fn qualified_name(type_oid: pg_sys::Oid) -> String {
+    // SAFETY: returns a fresh C string.
+    unsafe { super::text::c_string(pg_sys::format_type_be_qualified(type_oid)) }
+}
+
 /// A type's sealed name: typname in pg_catalog, else schema and name, each quoted as needed.
 pub fn sealed_name(type_oid: pg_sys::Oid) -> String {
     // SAFETY: the tuple is released after its name was copied; GETSTRUCT is its pg_type row.

@@ -10,6 +10,7 @@ pub mod barrier;
 pub mod drain;
 pub mod elsewhere;
 pub mod ending;
+pub mod forecast;
 pub mod launcher;
 pub mod proof;
 pub mod refresh;

@@ -14,7 +14,6 @@ use pgrx::{PgSqlErrorCode as Code, pg_sys};
 use rekey_core::envelope::SlotId;
 
 use super::refresh::Refresher;
-use crate::cache;
 use crate::catalog::work::{self, Failure};
 use crate::error::{Error, Result};
 use crate::ffi::expression::Expression;
@@ -25,6 +24,7 @@ use crate::ffi::text;
 use crate::ffi::timer::Limit;
 use crate::registry::{Leaf, LeafColumn};
 use crate::stale::{self, Head, Holds, Slots, Standing};
+use crate::{cache, failpoint};
 
 /// Longest time that the owner's code may take for one try, in milliseconds; once it was too long,
 /// for one row.
@@ -35,8 +35,8 @@ const HALVING_MS: u128 = 15_000;
 
 /// Where to look for stale rows.
 pub enum Source<'a> {
-    /// In these blocks.
-    Blocks(Range<u32>),
+    /// In these blocks, up to so many rows or the end of their block.
+    Blocks(Range<u32>, usize),
     /// At these places.
     Places(&'a [Tid]),
 }
@@ -44,8 +44,12 @@ pub enum Source<'a> {
 /// What a batch did.
 #[derive(Default)]
 pub struct Report {
+    /// The block at which it has stopped since there were rows enough before it.
+    pub stopped_at: Option<u32>,
     /// Rows looked at.
     pub scanned: i64,
+    /// Stale rows among them.
+    pub found: usize,
     /// Rows re-encrypted.
     pub rewritten: i64,
     /// Rows that somebody else had locked: to be tried again.
@@ -63,18 +67,20 @@ pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report
     let mut report = Report::default();
     let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
     let kinds: Vec<Holds> = leaf.columns.iter().map(LeafColumn::holds).collect();
-    let dismissed = work::dismissed(leaf.table)?;
+    let dismissed = work::heads(leaf.table, true)?;
     let places = match source {
         Source::Places(places) => places.to_vec(),
-        Source::Blocks(blocks) => find(
+        Source::Blocks(blocks, most) => find(
             table,
             blocks.clone(),
+            *most,
             &columns,
             &kinds,
             &dismissed,
-            &mut report.scanned,
+            &mut report,
         )?,
     };
+    report.found = places.len();
     if places.is_empty() {
         return Ok(report);
     }
@@ -136,16 +142,22 @@ pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report
 fn find(
     table: &Table,
     blocks: Range<u32>,
+    most: usize,
     columns: &[i16],
     kinds: &[Holds],
     dismissed: &HashSet<Head>,
-    scanned: &mut i64,
+    report: &mut Report,
 ) -> Result<Vec<Tid>> {
     let slots = stale::slots()?;
     let snapshot = Snapshot::latest();
-    let mut places = Vec::new();
+    let mut places: Vec<Tid> = Vec::new();
     table.scan(&snapshot, blocks, columns, |tid, values| {
-        *scanned += 1;
+        // Whole blocks: one whose rows stay stale would be begun again and again.
+        if places.len() >= most && places.last().is_some_and(|last| last.block < tid.block) {
+            report.stopped_at = Some(tid.block);
+            return false;
+        }
+        report.scanned += 1;
         let mut datums = values.iter().zip(kinds);
         let is_one = |(datum, kind): (&Option<pg_sys::Datum>, &Holds)| {
             datum.is_some_and(|datum| concerned(&slots, dismissed, *kind, datum).is_some())
@@ -259,6 +271,7 @@ impl Job<'_> {
                 attempt.failed.extend(bad.failure(place));
             }
             updater.finish();
+            failpoint::reach("rows.updated")?;
             Ok(attempt)
         });
         let passed = limit.passed();

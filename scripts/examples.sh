@@ -15,7 +15,7 @@ names=("$@")
 [ ${#names[@]} -gt 0 ] || names=(sqlalchemy django sqlx node-postgres flyway)
 PATH=$PATH:/usr/sbin # where Debian has pgbouncer
 bouncer_port=6432
-connections=4 # of PgBouncer to the server; a round of SQLAlchemy's has three transactions
+connections=5 # of PgBouncer to the server
 
 # For each example: install what it needs, migrate, run the application, undo the migrations. Run
 # in its copy; `run` answers each line that it reads with one line.
@@ -191,6 +191,8 @@ play() { # NAME WAY
         die "$name, $2: the log does not have its statements, with bound parameters"
     [ "$2" = direct ] || [ "$(sort -u "$SCRATCH/bound" | wc -l)" = $connections ] ||
         die "$name, $2: its transactions did not go over $connections server connections"
+    [ "$2" = direct ] || ! grep 'LOG:  execute [^<]' "$SCRATCH/log" >&2 ||
+        die "$name, $2: it keeps prepared statements in a session"
     ! grep -i 'example\.org' "$SCRATCH/log" >&2 || die "$name, $2: the log has an email"
     (cd "$app" && export PGUSER=app && "undo_$name") >"$SCRATCH/undo" 2>&1 ||
         { cat "$SCRATCH/undo" >&2; die "$name: the way back fails"; }

@@ -13,7 +13,7 @@
 //! | `transfer` | keys to another database and back |
 //! | `standbys` | waiting until they have replayed what was committed |
 //! | `worker` | re-encryption of stale rows, and the proof that a slot is unused |
-//! | `typed` | values of any type as payloads, and back |
+//! | `typed`, `sealing` | values of any type as payloads, payloads as envelopes, and back |
 //! | `registry` | registered columns as they stand now |
 //! | `root_key` | where root keys come from |
 //! | `catalog` | the only place that knows our tables |
@@ -32,6 +32,7 @@ mod lifecycle;
 mod registry;
 mod root_key;
 mod root_rotation;
+mod sealing;
 mod stale;
 mod standbys;
 mod transfer;

@@ -174,7 +174,7 @@ pub struct Function {
 impl Function {
     fn of(function: pg_sys::Oid, io_param: pg_sys::Oid) -> Function {
         // SAFETY: FmgrInfo is plain C data; fmgr_info_cxt fills it. What the function keeps lives
-        // in the current memory context: `Call::for_the_query` makes that the query's.
+        // in the current memory context: `Memory::within` chooses it.
         unsafe {
             let mut info: pg_sys::FmgrInfo = std::mem::zeroed();
             pg_sys::fmgr_info_cxt(function, &mut info, pg_sys::CurrentMemoryContext);

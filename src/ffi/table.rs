@@ -326,6 +326,7 @@ impl<'a> Updater<'a> {
                 pg_sys::palloc0(std::mem::size_of::<pg_sys::ResultRelInfo>()).cast();
             (*result).type_ = pg_sys::NodeTag::T_ResultRelInfo;
             pg_sys::InitResultRelInfo(result, relation, 1, std::ptr::null_mut(), 0);
+            look_up_triggers(result);
             pg_sys::ExecOpenIndices(result, false);
             let epq: *mut pg_sys::EPQState =
                 pg_sys::palloc0(std::mem::size_of::<pg_sys::EPQState>()).cast();
@@ -480,6 +481,26 @@ impl<'a> Updater<'a> {
             pg_sys::ExecResetTupleTable((*self.estate).es_tupleTable, false);
             pg_sys::ExecCloseRangeTableRelations(self.estate);
             pg_sys::FreeExecutorState(self.estate);
+        }
+    }
+}
+
+/// Looks up the functions of the table's triggers, as ExecCallTriggerFunc would with the first row:
+/// then what they keep for the query would live in the context of that row.
+///
+/// # Safety
+/// The result relation is initialised, and the executor's context is current.
+unsafe fn look_up_triggers(result: *mut pg_sys::ResultRelInfo) {
+    // SAFETY: promised by the caller. The descriptor is a copy, and InitResultRelInfo has made room
+    // for one FmgrInfo per trigger.
+    unsafe {
+        let Some(triggers) = (*result).ri_TrigDesc.as_ref() else {
+            return;
+        };
+        for at in 0..usize::try_from(triggers.numtriggers).unwrap_or(0) {
+            let function = (*triggers.triggers.add(at)).tgfoid;
+            let info = (*result).ri_TrigFunctions.add(at);
+            pg_sys::fmgr_info_cxt(function, info, pg_sys::CurrentMemoryContext);
         }
     }
 }

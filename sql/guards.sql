@@ -27,6 +27,9 @@ CREATE TRIGGER refuse_direct_change BEFORE UPDATE OR DELETE OR TRUNCATE ON rekey
     FOR EACH STATEMENT EXECUTE FUNCTION rekey.refuse_direct_change();
 CREATE TRIGGER refuse_direct_change BEFORE UPDATE OR DELETE OR TRUNCATE ON rekey.registered_column
     FOR EACH STATEMENT EXECUTE FUNCTION rekey.refuse_direct_change();
+CREATE TRIGGER refuse_direct_change BEFORE UPDATE OR DELETE OR TRUNCATE ON rekey.live_column
+    FOR EACH STATEMENT EXECUTE FUNCTION rekey.refuse_direct_change();
+COMMENT ON TRIGGER refuse_direct_change ON rekey.live_column IS 'It goes with the trigger that serves it';
 COMMENT ON TRIGGER refuse_direct_change ON rekey.registered_column IS 'A column that is forgotten is a column that no proof looks at';
 COMMENT ON TRIGGER refuse_direct_change ON rekey.key IS 'Changes go through the functions of rekey';
 COMMENT ON TRIGGER refuse_direct_change ON rekey.key_slot IS 'Changes go through the functions of rekey';
@@ -81,6 +84,11 @@ CREATE TRIGGER stamp_registration BEFORE INSERT ON rekey.registered_column
 ALTER TABLE rekey.registered_column ENABLE ALWAYS TRIGGER stamp_registration;
 COMMENT ON TRIGGER stamp_registration ON rekey.registered_column IS
     'A restored registration gets the numbers of the restored table';
+CREATE TRIGGER stamp_registration BEFORE INSERT ON rekey.live_column
+    FOR EACH ROW EXECUTE FUNCTION rekey.stamp_registration();
+ALTER TABLE rekey.live_column ENABLE ALWAYS TRIGGER stamp_registration;
+COMMENT ON TRIGGER stamp_registration ON rekey.live_column IS
+    'A restored live column gets the numbers of the restored table';
 
 CREATE FUNCTION rekey.follow_renames() RETURNS event_trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'follow_renames_wrapper';
@@ -96,10 +104,10 @@ COMMENT ON EVENT TRIGGER pg_rekey_follow_renames IS
 CREATE FUNCTION rekey.forget_dropped() RETURNS event_trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'forget_dropped_wrapper';
 COMMENT ON FUNCTION rekey.forget_dropped() IS
-    'Event trigger: a dropped table takes its registration with it, so that no later table inherits it by its OID';
+    'Event trigger: a dropped table takes its registration with it, so that no later table inherits it by its OID; a dropped trigger its live column';
 CREATE EVENT TRIGGER pg_rekey_forget_dropped ON sql_drop
-    WHEN TAG IN ('DROP TABLE', 'DROP SCHEMA', 'DROP OWNED', 'DROP EXTENSION', 'DROP TYPE', 'ALTER TABLE')
+    WHEN TAG IN ('DROP TABLE', 'DROP SCHEMA', 'DROP OWNED', 'DROP EXTENSION', 'DROP TYPE', 'DROP TRIGGER', 'ALTER TABLE')
     EXECUTE FUNCTION rekey.forget_dropped();
 ALTER EVENT TRIGGER pg_rekey_forget_dropped ENABLE ALWAYS;
 COMMENT ON EVENT TRIGGER pg_rekey_forget_dropped IS
-    'A dropped table takes its registration with it';
+    'A dropped table takes its registration with it, a dropped trigger its live column';

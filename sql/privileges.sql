@@ -49,4 +49,4 @@ END
 $$;
 GRANT USAGE ON SCHEMA rekey TO PUBLIC;
 GRANT SELECT ON rekey.keys, rekey.slots, rekey.grants, rekey.root_keys, rekey.audit, rekey.columns,
-    rekey.progress, rekey.errors TO PUBLIC;
+    rekey.progress, rekey.errors, rekey.live_columns TO PUBLIC;

@@ -115,7 +115,7 @@ SELECT p.table_name,
             ELSE p.note END AS waits_for,
        p.started_at,
        p.updated_at
-  FROM rekey.progress_state p
+  FROM (TABLE rekey.progress_state UNION ALL TABLE rekey.backfill_state) AS p
   CROSS JOIN LATERAL (SELECT CASE WHEN p.blocks_total = 0 OR p.blocks_left = 0 THEN 100.0
            ELSE round(100.0 * greatest(p.blocks_total - p.blocks_left, 0) / p.blocks_total, 1)
            END AS percent) AS x
@@ -126,7 +126,27 @@ SELECT p.table_name,
                         AND z.paused_until > clock_timestamp()
                       ORDER BY z.table_name::oid LIMIT 1) AS z ON true
  WHERE rekey.table_visible(p.table_name);
-COMMENT ON VIEW rekey.progress IS 'How far re-encryption of each table is, and what it waits for (for the tables'' owners and pg_monitor)';
+COMMENT ON VIEW rekey.progress IS 'How far re-encryption of each table is, and the filling of its live columns, and what they wait for (for the tables'' owners and pg_monitor)';
+
+CREATE VIEW rekey.live_columns WITH (security_barrier) AS
+SELECT l.table_name,
+       coalesce(a.attname::text, l.column_name) AS column_name,
+       coalesce(b.attname::text, l.into_column) AS into_column,
+       l.direction,
+       nullif(l.key_name, '') AS key_name,
+       l.source <> '' AS has_source,
+       l.trigger_name,
+       l.started_at,
+       l.started_by
+  FROM rekey.live_column l
+  LEFT JOIN pg_catalog.pg_attribute a
+         ON a.attrelid = l.table_name::oid AND NOT a.attisdropped
+        AND a.attnum = rekey.registered_attnum(l.table_name, l.column_name, l.attnum, l.stamp)
+  LEFT JOIN pg_catalog.pg_attribute b
+         ON b.attrelid = l.table_name::oid AND NOT b.attisdropped
+        AND b.attnum = rekey.registered_attnum(l.table_name, l.into_column, l.into_attnum, l.stamp)
+ WHERE rekey.table_visible(l.table_name);
+COMMENT ON VIEW rekey.live_columns IS 'Columns that are being encrypted, or decrypted, while they are in use (for the tables'' owners and pg_monitor)';
 
 CREATE VIEW rekey.errors WITH (security_barrier) AS
 SELECT q.quarantine_id, q.table_name, q.row_ref, q.slot_id, q.sqlstate, q.tries, q.first_try,
@@ -199,7 +219,7 @@ COMMENT ON COLUMN rekey.columns.registered_at IS 'When it was registered';
 COMMENT ON COLUMN rekey.columns.registered_by IS 'Who registered it';
 
 COMMENT ON COLUMN rekey.progress.table_name IS 'Table, a leaf where it is partitioned';
-COMMENT ON COLUMN rekey.progress.phase IS 'pass, barrier, proof, done or paused';
+COMMENT ON COLUMN rekey.progress.phase IS 'pass, barrier, proof, done or paused; backfill while live columns are filled, done afterwards';
 COMMENT ON COLUMN rekey.progress.percent IS 'Share of the table''s blocks that the pass has visited';
 COMMENT ON COLUMN rekey.progress.bar IS 'The same as a bar';
 COMMENT ON COLUMN rekey.progress.rows_scanned IS 'Rows looked at';
@@ -211,6 +231,16 @@ COMMENT ON COLUMN rekey.progress.time_left IS 'Time that the rest of the pass ta
 COMMENT ON COLUMN rekey.progress.waits_for IS 'What it waits for: a session by pid, a prepared transaction by its gid, a lock, a pause';
 COMMENT ON COLUMN rekey.progress.started_at IS 'When the pass began';
 COMMENT ON COLUMN rekey.progress.updated_at IS 'When the last batch was committed';
+
+COMMENT ON COLUMN rekey.live_columns.table_name IS 'Table';
+COMMENT ON COLUMN rekey.live_columns.column_name IS 'Column that is read';
+COMMENT ON COLUMN rekey.live_columns.into_column IS 'Column that is written';
+COMMENT ON COLUMN rekey.live_columns.direction IS 'encrypt or decrypt';
+COMMENT ON COLUMN rekey.live_columns.key_name IS 'Key that values are sealed under';
+COMMENT ON COLUMN rekey.live_columns.has_source IS 'Whether an expression gives the values, instead of the column itself';
+COMMENT ON COLUMN rekey.live_columns.trigger_name IS 'Trigger that keeps the two columns alike';
+COMMENT ON COLUMN rekey.live_columns.started_at IS 'When it began';
+COMMENT ON COLUMN rekey.live_columns.started_by IS 'Who began it';
 
 COMMENT ON COLUMN rekey.errors.quarantine_id IS 'Number of the entry, for dismiss_quarantine';
 COMMENT ON COLUMN rekey.errors.table_name IS 'Table';

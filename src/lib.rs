@@ -15,6 +15,7 @@
 //! | `worker` | re-encryption of stale rows, and the proof that a slot is unused |
 //! | `typed`, `sealing` | values of any type as payloads, payloads as envelopes, and back |
 //! | `registry` | registered columns as they stand now |
+//! | `live` | columns that are being sealed, or opened, while they are in use |
 //! | `root_key` | where root keys come from |
 //! | `catalog` | the only place that knows our tables |
 //! | `guc`, `error` | settings; the one table of errors |
@@ -29,6 +30,7 @@ mod error;
 mod ffi;
 mod guc;
 mod lifecycle;
+mod live;
 mod registry;
 mod root_key;
 mod root_rotation;

@@ -8,7 +8,7 @@ use pgrx::PgSqlErrorCode as Code;
 use pgrx::pg_sys::{FunctionCallInfo, Oid};
 use pgrx::prelude::*;
 
-use super::touch;
+use super::{live, touch};
 use crate::catalog::write::{self, Audit};
 use crate::catalog::{evidence, read, work};
 use crate::error::{Error, Result};
@@ -22,7 +22,7 @@ use crate::registry;
 use crate::worker::drain::{Drainer, Step};
 use crate::worker::elsewhere;
 
-fn object(code: Code, message: String, detail: &str, hint: &str) -> Error {
+pub(super) fn object(code: Code, message: String, detail: &str, hint: &str) -> Error {
     Error::Object(code, message, detail.to_string(), hint.to_string())
 }
 
@@ -155,50 +155,56 @@ fn register_column(fcinfo: FunctionCallInfo) -> Reply {
         let column = call.required_name(1, "column_name")?;
         let context = call.required_text(2, "context")?;
         let fire_triggers = call.required_bool(3, "fire_triggers")?;
-        own(oid)?;
-        write::settle_registrations(oid)?;
-        let name = table::name(oid)?;
-        let again = || {
-            object(
-                Code::ERRCODE_DUPLICATE_OBJECT,
-                format!("column \"{column}\" of {name} is registered already"),
-                "A column is registered once.",
-                "To change its context: rekey.unregister_column(table_name, column_name) first.",
-            )
-        };
-        let number = relation::column_number(oid, &column);
-        let known = read::registered_columns()?;
-        if number.is_some()
-            && known
-                .iter()
-                .any(|row| row.table == oid && registry::attnum(row) == number)
-        {
-            return Err(again());
-        }
-        let attnum = check(oid, &column, &context, fire_triggers)?;
-        own(oid)?;
-        for leaf in relation::leaves(oid) {
-            if leaf != oid {
-                check(leaf, &column, &context, fire_triggers)?;
-            }
-        }
-        let user = session::role_name(session::current_user());
-        let column_as = write::Registration {
-            table: oid,
-            column: &column,
-            context: &context,
-            fire_triggers,
-            attnum,
-            by: &user,
-        };
-        if !write::insert_registration(&column_as)? {
-            return Err(again());
-        }
-        touch::follow(oid)?;
-        Audit::act("register_column", None, &format!("{name}.{column}")).record()?;
-        hooks::wake_on_commit();
+        register(oid, &column, &context, fire_triggers)?;
         Ok(Reply::void())
     })
+}
+
+/// Registers a column of a table that the current user owns.
+pub(super) fn register(oid: Oid, column: &str, context: &str, fire_triggers: bool) -> Result<()> {
+    own(oid)?;
+    write::settle_registrations(oid)?;
+    let name = table::name(oid)?;
+    let again = || {
+        object(
+            Code::ERRCODE_DUPLICATE_OBJECT,
+            format!("column \"{column}\" of {name} is registered already"),
+            "A column is registered once.",
+            "To change its context: rekey.unregister_column(table_name, column_name) first.",
+        )
+    };
+    let number = relation::column_number(oid, column);
+    let known = read::registered_columns()?;
+    if number.is_some()
+        && known
+            .iter()
+            .any(|row| row.table == oid && registry::attnum(row) == number)
+    {
+        return Err(again());
+    }
+    let attnum = check(oid, column, context, fire_triggers)?;
+    own(oid)?;
+    for leaf in relation::leaves(oid) {
+        if leaf != oid {
+            check(leaf, column, context, fire_triggers)?;
+        }
+    }
+    let user = session::role_name(session::current_user());
+    let column_as = write::Registration {
+        table: oid,
+        column,
+        context,
+        fire_triggers,
+        attnum,
+        by: &user,
+    };
+    if !write::insert_registration(&column_as)? {
+        return Err(again());
+    }
+    touch::follow(oid)?;
+    Audit::act("register_column", None, &format!("{name}.{column}")).record()?;
+    hooks::wake_on_commit();
+    Ok(())
 }
 
 #[pg_extern(sql = false)]
@@ -208,21 +214,28 @@ fn unregister_column(fcinfo: FunctionCallInfo) -> Reply {
         let oid = call.required_oid(0, "table_name")?;
         let column = call.required_name(1, "column_name")?;
         own(oid)?;
-        let name = table::name(oid)?;
-        let number = relation::column_number(oid, &column).unwrap_or(0);
-        if !write::delete_registration(oid, &column, number)? {
-            return Err(object(
-                Code::ERRCODE_UNDEFINED_OBJECT,
-                format!("column \"{column}\" of {name} is not registered"),
-                "rekey.columns shows what is.",
-                "Name a registered column.",
-            ));
-        }
-        touch::follow(oid)?;
-        Audit::act("unregister_column", None, &format!("{name}.{column}")).record()?;
-        hooks::wake_on_commit();
+        live::refuse_live(oid, &column)?;
+        unregister(oid, &column)?;
         Ok(Reply::void())
     })
+}
+
+/// Ends the registration of a column of a table that the current user owns.
+pub(super) fn unregister(oid: Oid, column: &str) -> Result<()> {
+    let name = table::name(oid)?;
+    let number = relation::column_number(oid, column).unwrap_or(0);
+    if !write::delete_registration(oid, column, number)? {
+        return Err(object(
+            Code::ERRCODE_UNDEFINED_OBJECT,
+            format!("column \"{column}\" of {name} is not registered"),
+            "rekey.columns shows what is.",
+            "Name a registered column.",
+        ));
+    }
+    touch::follow(oid)?;
+    Audit::act("unregister_column", None, &format!("{name}.{column}")).record()?;
+    hooks::wake_on_commit();
+    Ok(())
 }
 
 /// Trigger before a registration is stored, by register_column or by a restore.
@@ -232,18 +245,31 @@ fn stamp_registration(fcinfo: FunctionCallInfo) -> Reply {
         let trigger = TriggerCall::of(&call)
             .filter(|trigger| trigger.is_before_store() && scan::belongs_to_us(trigger.table()))
             .ok_or_else(|| Error::Internal("called outside its trigger".to_string()))?;
-        let row = read::registered_row(|attribute| {
-            columns_of(trigger.new_row(), &[attribute]).pop().flatten()
-        })?;
-        let (Some(attnum), Some(stamp)) = (registry::attnum(&row), registry::stamp(row.table))
-        else {
+        let datum = |attribute| columns_of(trigger.new_row(), &[attribute]).pop().flatten();
+        let (table, numbers, of) = if trigger.table_name() == "live_column" {
+            // The worker goes on with it where it was restored.
+            hooks::wake_on_commit();
+            let row = read::live_row(datum)?;
+            let (at, into, of) = read::LIVE_STAMP;
+            let numbers = [(at, row.attnum()), (into, row.into_attnum())];
+            (row.table, numbers.to_vec(), of)
+        } else {
+            let row = read::registered_row(datum)?;
+            let (at, of) = read::STAMP;
+            (row.table, vec![(at, registry::attnum(&row))], of)
+        };
+        let Some(stamp) = registry::stamp(table) else {
             return Ok(trigger.store_with(&[]));
         };
-        let (at, of) = read::STAMP;
-        Ok(trigger.store_with(&[
-            (at, pg_sys::Datum::from(attnum)),
-            (of, text::text_datum(&stamp)?),
-        ]))
+        let mut changes = Vec::new();
+        for (at, number) in numbers {
+            let Some(number) = number else {
+                return Ok(trigger.store_with(&[]));
+            };
+            changes.push((at, Some(pg_sys::Datum::from(number))));
+        }
+        changes.push((of, Some(text::text_datum(&stamp)?)));
+        Ok(trigger.store_with(&changes))
     })
 }
 

@@ -5,6 +5,7 @@ mod columns;
 mod grants;
 mod headers;
 mod keys;
+mod live;
 mod open;
 mod root_keys;
 mod seal;

@@ -1,6 +1,6 @@
-//! One expression over a row: the context of a registered column.
+//! One expression over a row: the context of a registered column, or the source of a live one.
 //!
-//! Called by the registration and by src/worker/. Parsed as an index expression is, so that
+//! Called by the registration, the triggers and src/worker/. Parsed as an index expression is, so that
 //! subqueries, aggregates and set-returning functions are refused by the parser itself, planned,
 //! and refused unless everything in it is IMMUTABLE. The caller has pinned the search path and
 //! acts as the table's owner: the expression is the owner's code.
@@ -9,33 +9,71 @@ use pgrx::pg_sys;
 
 use crate::error::{Error, Result};
 
-/// A prepared expression, of type text; lives as long as the memory context it was made in.
+/// A prepared expression; lives as long as the memory context it was made in.
 pub struct Expression {
     state: *mut pg_sys::ExprState,
     context: *mut pg_sys::ExprContext,
+    /// The type of its value.
+    pub type_oid: pg_sys::Oid,
+    /// The columns that it reads.
+    pub reads: Vec<i16>,
 }
 
-fn refused(detail: &str, hint: &str) -> Error {
-    Error::Argument(
-        "the context is not a usable expression".to_string(),
-        detail.to_string(),
-        hint.to_string(),
-    )
+/// What an expression is for, in the words of its errors.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Use {
+    name: &'static str,
+    example: &'static str,
 }
 
-const EXAMPLE: &str = "Give one expression over columns of the row, for example \
-     rekey.context('customer.email', id::text).";
+/// The value is text.
+const CONTEXT: Use = Use {
+    name: "context",
+    example: "Give one expression over columns of the row, for example \
+     rekey.context('customer.email', id::text).",
+};
+/// The value is of any type.
+const SOURCE: Use = Use {
+    name: "source",
+    example: "Give one expression over columns of the row, for example \
+     convert_from(decrypt(email, key, 'aes'), 'UTF8').",
+};
+
+impl Use {
+    fn refused(self, detail: &str, hint: &str) -> Error {
+        Error::Argument(
+            format!("the {} is not a usable expression", self.name),
+            detail.to_string(),
+            hint.to_string(),
+        )
+    }
+}
 
 impl Expression {
-    /// Parses and plans `text` over the columns of `relation`.
+    /// Parses and plans a context over the columns of `relation`.
     pub fn prepare(relation: pg_sys::Relation, text: &str, sealed: &[i16]) -> Result<Expression> {
+        Self::parse(CONTEXT, relation, text, sealed)
+    }
+
+    /// Parses and plans the source of a live column.
+    pub fn source(relation: pg_sys::Relation, text: &str, sealed: &[i16]) -> Result<Expression> {
+        Self::parse(SOURCE, relation, text, sealed)
+    }
+
+    fn parse(
+        of: Use,
+        relation: pg_sys::Relation,
+        text: &str,
+        sealed: &[i16],
+    ) -> Result<Expression> {
+        let refused = |detail: &str, hint: &str| of.refused(detail, hint);
         let server = super::text::to_server(text.as_bytes())?.into_owned();
         let source =
-            std::ffi::CString::new(server).map_err(|_| refused("It has a NUL.", EXAMPLE))?;
+            std::ffi::CString::new(server).map_err(|_| refused("It has a NUL.", of.example))?;
         // SAFETY: the steps of ComputeIndexAttrs and index_create for an expression; nodes live in
         // the current memory context, the relation is open and locked.
         unsafe {
-            let target = single_target(&source)?;
+            let target = single_target(of, &source)?;
             let state = pg_sys::make_parsestate(std::ptr::null_mut());
             (*state).p_sourcetext = source.as_ptr();
             let item = pg_sys::addRangeTableEntryForRelation(
@@ -49,25 +87,30 @@ impl Expression {
             pg_sys::addNSItemToQuery(state, item, true, true, true);
             let kind = pg_sys::ParseExprKind::EXPR_KIND_INDEX_EXPRESSION;
             let raw = pg_sys::transformExpr(state, target, kind);
+            let found = pg_sys::exprType(raw);
+            // Strings of all types are sealed as text, as a call of encrypt_col would.
+            let text =
+                of == CONTEXT || found == pg_sys::UNKNOWNOID || super::types::is_string(found);
+            let wanted = if text { pg_sys::TEXTOID } else { found };
             let node = pg_sys::coerce_to_target_type(
                 state,
                 raw,
-                pg_sys::exprType(raw),
-                pg_sys::TEXTOID,
+                found,
+                wanted,
                 -1,
                 pg_sys::CoercionContext::COERCION_ASSIGNMENT,
                 pg_sys::CoercionForm::COERCE_IMPLICIT_CAST,
                 -1,
             );
             if node.is_null() {
-                return Err(refused("Its type cannot become text.", EXAMPLE));
+                return Err(refused("Its type cannot become text.", of.example));
             }
             pg_sys::assign_expr_collations(state, node);
             pg_sys::free_parsestate(state);
             let planned = pg_sys::expression_planner(node.cast());
             if pg_sys::contain_mutable_functions(planned.cast()) {
                 return Err(refused(
-                    "Not all of it is IMMUTABLE: the same row could give another context later.",
+                    "Not all of it is IMMUTABLE: the same row could give another value later.",
                     "Convert what is not text by itself: rekey.context('x', id::text) instead of \
                      'x' || id.",
                 ));
@@ -81,34 +124,46 @@ impl Expression {
             {
                 return Err(refused(
                     "It uses a sealed column, which changes with each re-encryption.",
-                    EXAMPLE,
+                    of.example,
                 ));
             }
             if (low..=0).any(|system| pg_sys::bms_is_member(system - low, used)) {
                 return Err(refused(
                     "It uses a system column or the whole row, which change with each update.",
-                    EXAMPLE,
+                    of.example,
                 ));
             }
             let table = (*relation).rd_id;
-            if (1..=(*(*relation).rd_rel).relnatts).any(|column| {
-                pg_sys::bms_is_member(i32::from(column) - low, used)
-                    && super::relation::is_generated(table, column)
-            }) {
+            let mut reads: Vec<i16> = (1..=(*(*relation).rd_rel).relnatts).collect();
+            reads.retain(|column| pg_sys::bms_is_member(i32::from(*column) - low, used));
+            if reads
+                .iter()
+                .any(|column| super::relation::is_generated(table, *column))
+            {
                 return Err(refused(
                     "It uses a generated column, which is not there yet when a trigger looks.",
-                    EXAMPLE,
+                    of.example,
                 ));
             }
             Ok(Expression {
                 state: pg_sys::ExecInitExpr(planned, std::ptr::null_mut()),
                 context: pg_sys::CreateStandaloneExprContext(),
+                type_oid: wanted,
+                reads,
             })
         }
     }
 
-    /// The value for the row in `slot`, in UTF-8; None for NULL. Raises what the expression raises.
+    /// The text for the row in `slot`, in UTF-8; None for NULL. Raises what the expression raises.
     pub fn evaluate(&self, slot: *mut pg_sys::TupleTableSlot) -> Result<Option<Vec<u8>>> {
+        let value = self.value(slot)?;
+        let utf8 = |datum| Ok(super::text::to_utf8(super::text::detoasted(datum))?.into_owned());
+        value.map(utf8).transpose()
+    }
+
+    /// The value for the row in `slot`, which lives until the next one is asked for; None for NULL.
+    /// Raises what the expression raises.
+    pub fn value(&self, slot: *mut pg_sys::TupleTableSlot) -> Result<Option<pg_sys::Datum>> {
         // SAFETY: the slot holds a row of the relation that the expression was prepared for. The
         // evaluation function is called as ExecEvalExpr does, under pgrx's guard.
         unsafe {
@@ -123,13 +178,8 @@ impl Expression {
                 }),
                 None => return Err(Error::Internal("an expression is not ready".to_string())),
             };
-            let value = if null {
-                None
-            } else {
-                Some(super::text::to_utf8(super::text::detoasted(datum))?.into_owned())
-            };
             pg_sys::CurrentMemoryContext = previous;
-            Ok(value)
+            Ok((!null).then_some(datum))
         }
     }
 }
@@ -138,8 +188,8 @@ impl Expression {
 ///
 /// # Safety
 /// In a transaction.
-unsafe fn single_target(source: &std::ffi::CStr) -> Result<*mut pg_sys::Node> {
-    let plain = || refused("It is more than one plain expression.", EXAMPLE);
+unsafe fn single_target(of: Use, source: &std::ffi::CStr) -> Result<*mut pg_sys::Node> {
+    let plain = || of.refused("It is more than one plain expression.", of.example);
     // SAFETY: the grammar of RAW_PARSE_PLPGSQL_EXPR gives a list of one RawStmt with a SelectStmt.
     unsafe {
         let list = pg_sys::raw_parser(

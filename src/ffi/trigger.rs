@@ -1,6 +1,6 @@
 //! The data that PostgreSQL passes to a trigger function, as far as ours need it.
 //!
-//! Called by src/api/triggers.rs and src/api/touch.rs, for statement and row triggers alike.
+//! Called by src/api/triggers.rs, touch.rs and live.rs, for statement and row triggers alike.
 
 use std::ffi::c_int;
 
@@ -49,6 +49,12 @@ impl TriggerCall {
         unsafe { (*(*(*self.0).tg_relation).rd_rel).relowner }
     }
 
+    /// The trigger's name.
+    pub fn name(&self) -> String {
+        // SAFETY: the trigger is that of the live call; its name is a C string.
+        unsafe { super::text::c_string((*(*self.0).tg_trigger).tgname) }
+    }
+
     /// Whether it fires before a row is inserted or updated.
     pub fn is_before_store(&self) -> bool {
         // SAFETY: the trigger data is live.
@@ -92,11 +98,13 @@ impl TriggerCall {
         self.is_update().then(|| unsafe { (*self.0).tg_trigslot })
     }
 
-    /// Lets the row be stored with other values in some columns. Of a row trigger before a store.
-    pub fn store_with(&self, changes: &[(i16, pg_sys::Datum)]) -> Reply {
+    /// Lets the row be stored with other values in some columns, None for NULL. Of a row trigger
+    /// before a store.
+    pub fn store_with(&self, changes: &[(i16, Option<pg_sys::Datum>)]) -> Reply {
         let mut columns: Vec<c_int> = changes.iter().map(|(at, _)| c_int::from(*at)).collect();
-        let mut values: Vec<pg_sys::Datum> = changes.iter().map(|(_, value)| *value).collect();
-        let mut nulls = vec![false; changes.len()];
+        let value = |change: &(i16, Option<_>)| change.1.unwrap_or(pg_sys::Datum::null());
+        let mut values: Vec<pg_sys::Datum> = changes.iter().map(value).collect();
+        let mut nulls: Vec<bool> = changes.iter().map(|(_, value)| value.is_none()).collect();
         // SAFETY: the tuple is of the relation's descriptor; the three lists are of one length, and
         // each value is of its column's type. The result is a fresh tuple.
         unsafe {

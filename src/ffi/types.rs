@@ -220,12 +220,17 @@ impl Function {
 
     /// The value of a text form in the server's encoding.
     pub fn input(&self, text: &CStr) -> Result<pg_sys::Datum> {
+        self.input_as(text, -1)
+    }
+
+    /// The same for a column with a type modifier: a length, a scale.
+    pub fn input_as(&self, text: &CStr, typmod: i32) -> Result<pg_sys::Datum> {
         guarded("its type's input function refused it", || {
             let _pinned = Pinned::pin();
             // SAFETY: a C string that the function does not keep.
             unsafe {
                 let text = text.as_ptr().cast_mut();
-                pg_sys::InputFunctionCall(self.info.as_ptr(), text, self.io_param, -1)
+                pg_sys::InputFunctionCall(self.info.as_ptr(), text, self.io_param, typmod)
             }
         })
     }
@@ -265,6 +270,13 @@ pub fn check_domain(value: pg_sys::Datum, domain: pg_sys::Oid) -> Result<()> {
 pub fn base_type(type_oid: pg_sys::Oid) -> pg_sys::Oid {
     // SAFETY: a syscache look-up.
     unsafe { pg_sys::getBaseType(type_oid) }
+}
+
+/// Whether values of a type are strings: text, varchar, char(n), name, citext, domains over them.
+pub fn is_string(type_oid: pg_sys::Oid) -> bool {
+    // SAFETY: a syscache look-up.
+    let category = unsafe { pg_sys::TypeCategory(type_oid) };
+    category.to_ne_bytes()[0] == pg_sys::TYPCATEGORY_STRING
 }
 
 /// A type's name for people.

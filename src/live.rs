@@ -43,7 +43,7 @@ pub fn of(table: Oid) -> Result<Vec<Live>> {
             let name = relation::column_name(row.table, number?)?;
             relation::column_number(table, &name)
         };
-        if let (Some(column), Some(into)) = (here(row.attnum()), here(row.into_attnum())) {
+        if let (Some(column), Some(into)) = (here(row.read_attnum()), here(row.written_attnum())) {
             found.push(Live { row, column, into });
         }
     }
@@ -82,7 +82,7 @@ enum Way {
     /// Under a key, in the server's encoding.
     Seal(Vec<u8>, Sealable),
     /// Into a value that fits its column.
-    Open(Opener),
+    Open(Box<Opener>),
 }
 
 /// What opened values become.
@@ -166,7 +166,7 @@ impl Plan {
             let key = text::to_server(live.row.key.as_bytes())?.into_owned();
             Way::Seal(key, Sealable::of(given)?)
         } else {
-            Way::Open(Opener::of(table, live.into)?)
+            Way::Open(Box::new(Opener::of(table, live.into)?))
         };
         Ok(Plan {
             column: live.column,

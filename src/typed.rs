@@ -47,9 +47,9 @@ impl Sealable {
         Ok(Sealable::Typed { prefix, output })
     }
 
-    /// What is sealed of a value: the kind, the prefix, and the body, in UTF-8 where it is text.
+    /// What is sealed of a value.
     #[inline]
-    pub fn payload(&self, value: pg_sys::Datum) -> Result<(Kind, &[u8], Cow<'static, [u8]>)> {
+    pub fn payload(&self, value: pg_sys::Datum) -> Result<Payload<'_>> {
         Ok(match self {
             Sealable::Plain(Kind::Text) => {
                 (Kind::Text, &[], text::to_utf8(text::detoasted(value))?)
@@ -62,6 +62,9 @@ impl Sealable {
         })
     }
 }
+
+/// What is sealed of a value: the kind, the prefix, and the body, in UTF-8 where it is text.
+pub type Payload<'a> = (Kind, &'a [u8], Cow<'static, [u8]>);
 
 /// What decrypt_col_as returns at one call site.
 pub struct Target {

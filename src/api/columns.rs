@@ -251,7 +251,7 @@ fn stamp_registration(fcinfo: FunctionCallInfo) -> Reply {
             hooks::wake_on_commit();
             let row = read::live_row(datum)?;
             let (at, into, of) = read::LIVE_STAMP;
-            let numbers = [(at, row.attnum()), (into, row.into_attnum())];
+            let numbers = [(at, row.read_attnum()), (into, row.written_attnum())];
             (row.table, numbers.to_vec(), of)
         } else {
             let row = read::registered_row(datum)?;

@@ -266,12 +266,12 @@ pub struct LiveRow {
 
 impl LiveRow {
     /// The present number, in the row's own table, of the column that is read; None when it is gone.
-    pub fn attnum(&self) -> Option<i16> {
+    pub fn read_attnum(&self) -> Option<i16> {
         registry::place(self.table, &self.column.0, self.column.1, &self.stamp)
     }
 
     /// The same of the column that is written.
-    pub fn into_attnum(&self) -> Option<i16> {
+    pub fn written_attnum(&self) -> Option<i16> {
         registry::place(self.table, &self.into.0, self.into.1, &self.stamp)
     }
 }

@@ -21,7 +21,7 @@ describe_stage() {
     build) echo "debug build, installed into a private PostgreSQL $REKEY_PG" ;;
     regress) echo "pg_regress: what users see" ;;
     cluster) echo "cluster tests: sessions, commits, workers, crashes, standbys" ;;
-    readme) echo "the README's examples" ;;
+    readme) echo "the examples of the README, docs/live-columns.md and docs/development.md" ;;
     pg) echo "tests inside the server (#[pg_test])" ;;
     *) die "unknown stage $1; there are: ${all_stages[*]}" ;;
     esac
@@ -64,7 +64,9 @@ stage_cluster() {
     REKEY_PG_BIN=$(bindir) cargo test -p rekey-tests --no-fail-fast
 }
 
-stage_readme() { scripts/readme.sh; }
+stage_readme() {
+    scripts/readme.sh && scripts/readme.sh docs/live-columns.md && scripts/readme.sh docs/development.md
+}
 
 stage_pg() {
     local data=$REKEY_WORK/pgtest keys=$REKEY_WORK/pgtest-keys

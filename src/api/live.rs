@@ -1,5 +1,5 @@
-//! Live columns: encrypt_column, decrypt_column, their ends, and the trigger that keeps both columns
-//! alike in between.
+//! Live columns: encrypt_column, decrypt_column, their ends, and the trigger that keeps both
+//! columns alike in between.
 //!
 //! Who acts: what is sealed is sealed as the table's owner, whose privilege encrypt on the key
 //! counts: whoever may write the column in the clear needs no privilege on the key, and nobody's

@@ -1,5 +1,5 @@
 //! Live columns: plaintext in, under clients that go on, and out again; what the trigger does with
-//! each kind of write, what finish_encrypt_column refuses, and what survives crashes, dumps and DDL.
+//! each kind of write, what the end refuses, and what survives crashes, dumps and DDL.
 
 use std::collections::HashMap;
 use std::sync::OnceLock;

@@ -110,7 +110,8 @@ fn every_kind_of_write_is_followed() {
     admin.run("UPDATE t SET email = NULL WHERE id = 21");
     assert_eq!(sealed(&mut admin, 21), None);
     admin.run(
-        "INSERT INTO t VALUES (1, 'upserted') ON CONFLICT (id) DO UPDATE SET email = excluded.email",
+        "INSERT INTO t VALUES (1, 'upserted') \
+         ON CONFLICT (id) DO UPDATE SET email = excluded.email",
     );
     assert_eq!(sealed(&mut admin, 1).as_deref(), Some("upserted"));
     // Logical replication applies rows as a replica.
@@ -377,7 +378,8 @@ fn a_column_of_pgcrypto_moves_by_its_source() {
     admin.run(
         "CREATE EXTENSION pgcrypto;
          CREATE TABLE p (id int PRIMARY KEY, c bytea, note text);
-         INSERT INTO p SELECT i, pgp_sym_encrypt('v' || i, 'old secret') FROM generate_series(1, 5) i;
+         INSERT INTO p SELECT i, pgp_sym_encrypt('v' || i, 'old secret')
+           FROM generate_series(1, 5) i;
          INSERT INTO p VALUES (6, 'no such thing');
          SELECT rekey.encrypt_column('p', 'c', 'sealed', 'pii', '',
              $$public.pgp_sym_decrypt(c, 'old secret')$$)",
@@ -570,7 +572,8 @@ fn the_end_is_refused_while_a_row_is_missing_or_different() {
     fill(&mut admin);
     // Written alone, swapped, altered, unbound, garbage.
     admin.run(
-        "UPDATE t SET sealed = encrypt_col('other', 'pii', rekey.context('t.email', '1')) WHERE id = 1;
+        "UPDATE t SET sealed = encrypt_col('other', 'pii', rekey.context('t.email', '1'))
+          WHERE id = 1;
          UPDATE t SET sealed = (SELECT sealed FROM t WHERE id = 3) WHERE id = 2;
          UPDATE t SET sealed = encrypt_col('mail4', 'pii') WHERE id = 4;
          UPDATE t SET sealed = encrypt_col('mail5'::bytea, 'pii', rekey.context('t.email', '5'))

@@ -9,7 +9,7 @@ SHELL := /bin/bash
 # The stages share one target/ folder and one private PostgreSQL.
 .NOTPARALLEL:
 
-.PHONY: help demo bench bench-reencrypt bench-live test test-all lint test-core test-pg test-regress test-cluster test-readme \
+.PHONY: help demo bench bench-reencrypt bench-live bench-polite bench-search bench-tenants test test-all lint test-core test-pg test-regress test-cluster test-readme \
 	test-providers fuzz torture build setup install package package-check clean
 
 help: ## list the targets (this text)
@@ -35,6 +35,15 @@ bench-reencrypt: setup ## compare re-encryption and its proof with an UPDATE by 
 
 bench-live: setup ## seal a live column under load, and say how long the application waited
 	@scripts/bench-live.sh
+
+bench-polite: setup ## what the worker costs a workload on the same table, with its default settings
+	@scripts/bench-polite.sh
+
+bench-search: setup ## compare a lookup by fingerprint with one by a plain index, through a rotation
+	@scripts/bench-search.sh
+
+bench-tenants: setup ## a key for each of 100,000 tenants: create, use, rotate, shred, in figures
+	@scripts/bench-tenants.sh
 
 install: setup ## install into the PostgreSQL of PG_CONFIG (default: pg_config of the PATH)
 	@scripts/install.sh "$(PG_CONFIG)"

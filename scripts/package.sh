@@ -116,7 +116,7 @@ package() { # MAJOR
             "$stage/usr/share/postgresql/$major/extension/$(basename "$file")"
     done
     doc=$stage/usr/share/doc/$name
-    for file in README.md CHANGELOG.md SECURITY.md docs/*.md; do
+    for file in README.md CHANGELOG.md SECURITY.md docs/{,incidents/}*.md examples/reader/*.py; do
         install -D -m 0644 "$file" "$doc/$file"
     done
     copyright "$major" >"$doc/copyright"

@@ -22,6 +22,8 @@ from_wheel() {
 
 is_installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
+reads_envelopes() { "$1" -c 'import cryptography.hazmat.primitives.ciphers.aead' 2>/dev/null; }
+
 missing_packages() {
     local package
     local -a packages=(libclang-dev clang pkg-config)
@@ -35,6 +37,8 @@ missing_packages() {
     fi
     command -v cc >/dev/null || packages+=(gcc libc6-dev)
     command -v make >/dev/null || packages+=(make)
+    # examples/reader, which the tests run, opens envelopes in Python.
+    reads_envelopes /usr/bin/python3 || reads_envelopes python3 || packages+=(python3-cryptography)
     # cargo pgrx test changes to the postgres user through sudo.
     ! is_root || packages+=(sudo)
     for package in "${packages[@]}"; do

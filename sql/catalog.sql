@@ -117,9 +117,14 @@ CREATE TABLE rekey.registered_column (
     stamp         text NOT NULL,
     registered_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     registered_by text NOT NULL DEFAULT current_user,
+    sealed_column text COLLATE "C" NOT NULL DEFAULT '',
+    sealed_attnum smallint NOT NULL DEFAULT 0,
+    key_name      text COLLATE "C" NOT NULL DEFAULT '',
+    sealed_key    text COLLATE "C" NOT NULL DEFAULT '',
+    normalise     text NOT NULL DEFAULT '',
     PRIMARY KEY (table_name, column_name)
 );
-COMMENT ON TABLE rekey.registered_column IS 'Columns that hold envelopes and that the worker re-encrypts';
+COMMENT ON TABLE rekey.registered_column IS 'Columns that the worker keeps under active slots: it re-encrypts envelopes and makes fingerprints again';
 COMMENT ON COLUMN rekey.registered_column.table_name IS 'Table';
 COMMENT ON COLUMN rekey.registered_column.column_name IS 'Name of the column; kept up to date for dumps';
 COMMENT ON COLUMN rekey.registered_column.context IS 'Expression over the row that gives the bound context; empty for none';
@@ -128,6 +133,11 @@ COMMENT ON COLUMN rekey.registered_column.attnum IS 'Number of the column, which
 COMMENT ON COLUMN rekey.registered_column.stamp IS 'Server, OID and making of the table for which the number counts; in a restored or upgraded database it is another one, and the name counts';
 COMMENT ON COLUMN rekey.registered_column.registered_at IS 'When it was registered';
 COMMENT ON COLUMN rekey.registered_column.registered_by IS 'Who registered it';
+COMMENT ON COLUMN rekey.registered_column.sealed_column IS 'In a row about fingerprints the sealed column beside them; kept up to date for dumps; else empty';
+COMMENT ON COLUMN rekey.registered_column.sealed_attnum IS 'Number of the sealed column';
+COMMENT ON COLUMN rekey.registered_column.key_name IS 'Lookup key of the fingerprints';
+COMMENT ON COLUMN rekey.registered_column.sealed_key IS 'Key of the sealed values';
+COMMENT ON COLUMN rekey.registered_column.normalise IS 'Expression over the value, $1, that is fingerprinted; empty for the value as it is';
 
 CREATE TABLE rekey.progress_state (
     table_name     regclass PRIMARY KEY,
@@ -143,7 +153,8 @@ CREATE TABLE rekey.progress_state (
                    CHECK (phase IN ('pass', 'barrier', 'proof', 'done')),
     note           text NOT NULL DEFAULT '',
     started_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
-    updated_at     timestamptz NOT NULL DEFAULT clock_timestamp()
+    updated_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    rows_unlisted  bigint NOT NULL DEFAULT 0
 );
 COMMENT ON TABLE rekey.progress_state IS 'Where re-encryption of a table stands; not dumped';
 COMMENT ON COLUMN rekey.progress_state.table_name IS 'Table, a leaf where it is partitioned';
@@ -159,6 +170,7 @@ COMMENT ON COLUMN rekey.progress_state.phase IS 'pass, barrier, proof or done';
 COMMENT ON COLUMN rekey.progress_state.note IS 'What it waits for';
 COMMENT ON COLUMN rekey.progress_state.started_at IS 'When the pass began';
 COMMENT ON COLUMN rekey.progress_state.updated_at IS 'When the last batch was committed';
+COMMENT ON COLUMN rekey.progress_state.rows_unlisted IS 'Rows that failed and that rekey.quarantine has no room for';
 
 CREATE TABLE rekey.live_column (
     trigger_name text COLLATE "C" PRIMARY KEY,
@@ -201,7 +213,8 @@ CREATE TABLE rekey.backfill_state (
     phase          text NOT NULL DEFAULT 'backfill' CHECK (phase IN ('backfill', 'done')),
     note           text NOT NULL DEFAULT '',
     started_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
-    updated_at     timestamptz NOT NULL DEFAULT clock_timestamp()
+    updated_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    rows_unlisted  bigint NOT NULL DEFAULT 0
 );
 COMMENT ON TABLE rekey.backfill_state IS 'How far the live columns of a table are filled; not dumped. The columns are those of rekey.progress_state';
 COMMENT ON COLUMN rekey.backfill_state.table_name IS 'Table, a leaf where it is partitioned';
@@ -217,6 +230,7 @@ COMMENT ON COLUMN rekey.backfill_state.phase IS 'backfill or done';
 COMMENT ON COLUMN rekey.backfill_state.note IS 'What it waits for';
 COMMENT ON COLUMN rekey.backfill_state.started_at IS 'When the first pass began';
 COMMENT ON COLUMN rekey.backfill_state.updated_at IS 'When the last batch was committed';
+COMMENT ON COLUMN rekey.backfill_state.rows_unlisted IS 'None: a row that fails stays unfilled, and is looked at again';
 
 CREATE TABLE rekey.pause (
     table_name   regclass PRIMARY KEY,

@@ -34,6 +34,28 @@ CREATE FUNCTION rotate_key(key_name text DEFAULT '', reason text DEFAULT '') RET
 COMMENT ON FUNCTION rotate_key(text, text) IS
     'Makes a new slot active, keeps the old one readable, and returns the new slot id';
 
+-- Equality search.
+
+CREATE FUNCTION fingerprint_col(value text, key_name text, context text DEFAULT '') RETURNS bytea
+    LANGUAGE c VOLATILE PARALLEL RESTRICTED COST 20 AS 'MODULE_PATHNAME', 'fingerprint_col_wrapper';
+COMMENT ON FUNCTION fingerprint_col(text, text, text) IS
+    'Keyed digest of a value under the active slot of a lookup key, to be stored beside the sealed value and found with rekey.fingerprints; normalise the value first';
+
+CREATE FUNCTION rekey.fingerprints(value text, key_name text, context text DEFAULT '') RETURNS bytea[]
+    LANGUAGE c STABLE PARALLEL SAFE COST 20 AS 'MODULE_PATHNAME', 'fingerprints_wrapper';
+COMMENT ON FUNCTION rekey.fingerprints(text, text, text) IS
+    'All fingerprints under which a value may be stored, the active slot''s first: WHERE email_fp = ANY (rekey.fingerprints($1, ''email_lookup''))';
+
+CREATE FUNCTION rekey.verify_fingerprint(value text, fingerprint bytea, context text DEFAULT '') RETURNS boolean
+    LANGUAGE c STABLE PARALLEL SAFE COST 20 AS 'MODULE_PATHNAME', 'verify_fingerprint_wrapper';
+COMMENT ON FUNCTION rekey.verify_fingerprint(text, bytea, text) IS
+    'Whether a fingerprint is that of the value, by the slot that it names';
+
+CREATE FUNCTION rekey.fingerprint_slot_id(fingerprint bytea) RETURNS bigint
+    LANGUAGE c IMMUTABLE PARALLEL SAFE LEAKPROOF AS 'MODULE_PATHNAME', 'fingerprint_slot_id_wrapper';
+COMMENT ON FUNCTION rekey.fingerprint_slot_id(bytea) IS
+    'Slot id in front of a fingerprint; NULL for anything else';
+
 -- Headers: what an envelope says of itself, without a key.
 
 CREATE FUNCTION rekey.slot_id(envelope bytea) RETURNS bigint
@@ -101,6 +123,19 @@ CREATE FUNCTION rekey.drop_key(key_name text) RETURNS void
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'drop_key_wrapper';
 COMMENT ON FUNCTION rekey.drop_key(text) IS
     'Removes a key whose slots are all pending or destroyed; tombstones stay';
+
+-- Many keys at once.
+
+CREATE FUNCTION rekey.create_keys(key_names text[], like_key text, if_not_exists boolean DEFAULT false) RETURNS bigint
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'create_keys_wrapper';
+COMMENT ON FUNCTION rekey.create_keys(text[], text, boolean) IS
+    'Creates keys with the policy and the grants of another key, owned by the current user; returns how many are new';
+
+CREATE FUNCTION rekey.rotate_keys(older_than timestamptz, max_keys integer DEFAULT 100, pattern text DEFAULT '%',
+        reason text DEFAULT '', OUT rotated bigint, OUT remaining bigint) RETURNS record
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'rotate_keys_wrapper';
+COMMENT ON FUNCTION rekey.rotate_keys(timestamptz, integer, text, text) IS
+    'Rotates the keys like pattern that the caller may rotate and whose active slot is older, the oldest first, at most max_keys of them; says how many remain';
 
 -- Slots.
 
@@ -213,6 +248,12 @@ CREATE FUNCTION rekey.register_column(table_name regclass, column_name name, con
 COMMENT ON FUNCTION rekey.register_column(regclass, name, text, boolean) IS
     'Registers a column of envelopes for re-encryption; context is an expression over the row: rekey.context(''customer.email'', id::text)';
 
+CREATE FUNCTION rekey.register_fingerprint(table_name regclass, column_name name, sealed_column name,
+        key_name text, sealed_key text DEFAULT '', normalise text DEFAULT '', context text DEFAULT '') RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'register_fingerprint_wrapper';
+COMMENT ON FUNCTION rekey.register_fingerprint(regclass, name, name, text, text, text, text) IS
+    'Registers a column of fingerprints: after a rotation of its lookup key they are made again from the registered sealed column beside it; normalise is an expression over the value, $1: lower($1); rekey.unregister_column ends it';
+
 CREATE FUNCTION rekey.unregister_column(table_name regclass, column_name name) RETURNS void
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'unregister_column_wrapper';
 COMMENT ON FUNCTION rekey.unregister_column(regclass, name) IS
@@ -285,13 +326,29 @@ COMMENT ON FUNCTION rekey.envelope_places() IS
     'What find_envelopes returns, as JSON';
 
 CREATE FUNCTION rekey.find_envelopes() RETURNS TABLE (table_name text, column_name text, slot_id bigint, envelopes bigint)
-    LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT p.table_name, p.column_name, p.slot_id, p.envelopes
       FROM pg_catalog.jsonb_to_recordset(rekey.envelope_places()::jsonb)
            AS p(table_name text, column_name text, slot_id bigint, envelopes bigint)
 $$;
 COMMENT ON FUNCTION rekey.find_envelopes() IS
     'Envelopes in bytea columns, materialized views and defaults that nobody has registered; reads every table';
+
+CREATE FUNCTION rekey.rotation_forecast(key_name text) RETURNS text
+    LANGUAGE c STABLE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'rotation_forecast_wrapper';
+COMMENT ON FUNCTION rekey.rotation_forecast(text) IS
+    'What explain_rotation returns, as JSON';
+
+CREATE FUNCTION rekey.explain_rotation(key_name text DEFAULT '') RETURNS TABLE (item text, object text, figure text, note text)
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT f.item, f.object, f.figure, f.note
+      FROM ROWS FROM (pg_catalog.jsonb_to_recordset(rekey.rotation_forecast(key_name)::jsonb)
+               AS (item text, object text, figure text, note text)) WITH ORDINALITY
+           AS f(item, object, figure, note, place)
+     ORDER BY f.place
+$$;
+COMMENT ON FUNCTION rekey.explain_rotation(text) IS
+    'What a rotation would cost now: rows, bytes, WAL and time for each table, what else sees it and what would hold it up; reads samples, changes nothing';
 
 -- Re-encryption on touch.
 
@@ -348,6 +405,19 @@ CREATE FUNCTION rekey.live() RETURNS trigger
 COMMENT ON FUNCTION rekey.live() IS
     'Trigger of encrypt_column and decrypt_column: keeps one column of a row up to date with another';
 
+-- Views.
+
+CREATE FUNCTION rekey.write_view() RETURNS trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'write_view_wrapper';
+COMMENT ON FUNCTION rekey.write_view() IS
+    'Trigger of rekey.create_view: writes to the table what is written to the view, sealed; arguments: a key for each opened column';
+
+CREATE FUNCTION rekey.create_view(table_name regclass, view_name text, key_name text DEFAULT '',
+        columns jsonb DEFAULT '{}') RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'create_view_wrapper';
+COMMENT ON FUNCTION rekey.create_view(regclass, text, text, jsonb) IS
+    'Makes a view that shows the registered columns of a table opened and seals what is written to it; columns: {"salary": {"type": "numeric", "key": "pay"}}';
+
 CREATE FUNCTION rekey.registered_attnum(table_name regclass, column_name text, attnum smallint,
         stamp text) RETURNS smallint
     LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'registered_attnum_wrapper';
@@ -364,7 +434,29 @@ CREATE FUNCTION rekey.table_visible(table_name regclass) RETURNS boolean
 COMMENT ON FUNCTION rekey.table_visible(regclass) IS
     'Whether the views show a table''s re-encryption to the current user: its owner and pg_monitor';
 
+CREATE FUNCTION rekey.proof_scan(table_name regclass, OUT since timestamptz, OUT blocks_done bigint,
+        OUT blocks bigint) RETURNS record
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'proof_scan_wrapper';
+COMMENT ON FUNCTION rekey.proof_scan(regclass) IS
+    'Since when the worker scans for a proof, and how far it is in the table it is at (for its owner and pg_monitor)';
+
 CREATE FUNCTION rekey.evidence(key_name text DEFAULT '', since timestamptz DEFAULT NULL) RETURNS jsonb
     LANGUAGE c STABLE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'evidence_wrapper';
 COMMENT ON FUNCTION rekey.evidence(text, timestamptz) IS
     'What an auditor asks: inventory, cryptoperiods and whether they were kept, slots with dates and proofs, grants, root ids, acts; an empty key_name is all keys';
+
+-- Watching it.
+
+CREATE FUNCTION rekey.check_findings() RETURNS text
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'check_findings_wrapper';
+COMMENT ON FUNCTION rekey.check_findings() IS
+    'What check returns, as JSON';
+
+CREATE FUNCTION rekey.check() RETURNS TABLE (severity text, object text, finding text, remedy text)
+    LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT f.severity, f.object, f.finding, f.remedy
+      FROM pg_catalog.jsonb_to_recordset(rekey.check_findings()::jsonb)
+           AS f(severity text, object text, finding text, remedy text)
+$$;
+COMMENT ON FUNCTION rekey.check() IS
+    'What is wrong with keys, root keys, columns, settings and the worker here, the worst first, each with a remedy (pg_monitor); changes nothing';

@@ -90,6 +90,88 @@ ALTER TABLE rekey.live_column ENABLE ALWAYS TRIGGER stamp_registration;
 COMMENT ON TRIGGER stamp_registration ON rekey.live_column IS
     'A restored live column gets the numbers of the restored table';
 
+-- A publication FOR ALL TABLES carries the catalog too. Its rows must never stop an apply worker at a
+-- subscriber that has a root key, keys or an audit log of its own: what is here stays.
+CREATE FUNCTION rekey.yield_to_local() RETURNS trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    known boolean := false;
+BEGIN
+    IF TG_TABLE_NAME = 'audit_log' THEN
+        -- Local rows as well: the sequence does not know which numbers an apply worker has brought.
+        WHILE EXISTS (SELECT FROM rekey.audit_log a WHERE a.audit_id = NEW.audit_id) LOOP
+            NEW.audit_id := nextval('rekey.audit_id'::regclass);
+        END LOOP;
+        RETURN NEW;
+    ELSIF NOT pg_replication_origin_session_is_setup() THEN
+        RETURN CASE TG_OP WHEN 'DELETE' THEN OLD ELSE NEW END;
+    ELSIF TG_TABLE_NAME IN ('progress_state', 'backfill_state', 'pause', 'quarantine') THEN
+        -- How far the publisher's worker is says nothing here.
+        RETURN NULL;
+    ELSIF TG_TABLE_NAME = 'root_key' THEN
+        known := EXISTS (SELECT FROM rekey.root_key r WHERE r.root_id = NEW.root_id);
+        IF NEW.state = 'active' AND EXISTS (SELECT FROM rekey.root_key r
+                 WHERE r.state = 'active' AND r.root_id <> NEW.root_id) THEN
+            NEW.state := 'previous';
+        END IF;
+    ELSIF TG_TABLE_NAME = 'key' THEN
+        known := EXISTS (SELECT FROM rekey.key k WHERE k.key_name = NEW.key_name);
+    ELSIF TG_TABLE_NAME = 'key_slot' THEN
+        -- The same id with another key is an error all the same.
+        known := EXISTS (SELECT FROM rekey.key_slot s
+                 WHERE s.slot_id = NEW.slot_id AND s.check_value = NEW.check_value);
+        IF NEW.state IN ('active', 'pending') AND EXISTS (SELECT FROM rekey.key_slot s
+                 WHERE s.key_name = NEW.key_name AND s.state = NEW.state
+                   AND s.slot_id <> NEW.slot_id) THEN
+            NEW.state := 'previous';
+            NEW.superseded_at := coalesce(NEW.superseded_at, clock_timestamp());
+        END IF;
+        IF EXISTS (SELECT FROM rekey.key_slot s WHERE s.key_name = NEW.key_name
+                      AND s.version = NEW.version AND s.slot_id <> NEW.slot_id) THEN
+            NEW.version := (SELECT max(s.version) + 1 FROM rekey.key_slot s
+                             WHERE s.key_name = NEW.key_name);
+        END IF;
+    ELSIF TG_TABLE_NAME = 'slot_wrap' THEN
+        known := EXISTS (SELECT FROM rekey.slot_wrap w
+                 WHERE (w.slot_id, w.root_id) = (NEW.slot_id, NEW.root_id));
+    ELSIF TG_TABLE_NAME = 'key_grant' THEN
+        known := EXISTS (SELECT FROM rekey.key_grant g WHERE (g.key_name, g.grantee, g.privilege)
+                      = (NEW.key_name, NEW.grantee, NEW.privilege));
+    ELSIF TG_TABLE_NAME = 'registered_column' THEN
+        known := EXISTS (SELECT FROM rekey.registered_column c
+                 WHERE c.table_name = NEW.table_name AND c.column_name = NEW.column_name);
+    ELSIF TG_TABLE_NAME = 'live_column' THEN
+        known := EXISTS (SELECT FROM rekey.live_column l WHERE l.trigger_name = NEW.trigger_name);
+    END IF;
+    RETURN CASE WHEN NOT known OR TG_OP = 'UPDATE' THEN NEW END;
+END
+$$;
+COMMENT ON FUNCTION rekey.yield_to_local() IS
+    'Trigger: rows of a publisher''s catalog yield to those that are here and never stop an apply worker';
+CREATE TRIGGER yield_to_local BEFORE INSERT ON rekey.audit_log
+    FOR EACH ROW EXECUTE FUNCTION rekey.yield_to_local();
+ALTER TABLE rekey.audit_log ENABLE ALWAYS TRIGGER yield_to_local;
+COMMENT ON TRIGGER yield_to_local ON rekey.audit_log IS 'A row whose number is taken gets another one';
+DO $$
+DECLARE
+    fires record;
+BEGIN
+    FOR fires IN VALUES ('key', 'INSERT'), ('slot_wrap', 'INSERT'), ('key_grant', 'INSERT'),
+                        ('registered_column', 'INSERT'), ('live_column', 'INSERT'),
+                        ('backfill_state', 'INSERT OR UPDATE OR DELETE'), ('root_key', 'INSERT OR UPDATE'),
+                        ('key_slot', 'INSERT OR UPDATE'), ('progress_state', 'INSERT OR UPDATE OR DELETE'),
+                        ('pause', 'INSERT OR UPDATE OR DELETE'), ('quarantine', 'INSERT OR UPDATE OR DELETE')
+    LOOP
+        EXECUTE format('CREATE TRIGGER yield_to_local BEFORE %s ON rekey.%I
+                            FOR EACH ROW EXECUTE FUNCTION rekey.yield_to_local()',
+                       fires.column2, fires.column1);
+        EXECUTE format('ALTER TABLE rekey.%I ENABLE REPLICA TRIGGER yield_to_local', fires.column1);
+        EXECUTE format('COMMENT ON TRIGGER yield_to_local ON rekey.%I IS %L', fires.column1,
+                       'What an apply worker brings yields to what is here');
+    END LOOP;
+END
+$$;
+
 CREATE FUNCTION rekey.follow_renames() RETURNS event_trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'follow_renames_wrapper';
 COMMENT ON FUNCTION rekey.follow_renames() IS

@@ -35,13 +35,14 @@ BEGIN
           JOIN pg_proc p ON p.oid = d.objid
          WHERE d.classid = 'pg_proc'::regclass AND d.refclassid = 'pg_extension'::regclass
            AND d.deptype = 'e'
-           AND p.proname NOT IN ('create_key', 'init_root_key', 'reload_root_keys',
+           AND p.proname NOT IN ('create_key', 'create_keys', 'init_root_key', 'reload_root_keys',
                                  'rotate_root_key', 'retire_root_key', 'mark_compromised_root',
                                  'restore_slot', 'export_key', 'import_key',
                                  'refuse_direct_change', 'announce_change', 'guard_drop',
-                                 'forget_dropped', 'follow_renames', 'stamp_registration',
+                                 'forget_dropped', 'follow_renames', 'stamp_registration', 'yield_to_local',
                                  'pause', 'resume', 'find_envelopes',
-                                 'envelope_places', 'evidence')
+                                 'envelope_places', 'evidence', 'check', 'check_findings',
+                                 'rotation_forecast', 'explain_rotation')
     LOOP
         EXECUTE format('GRANT EXECUTE ON ROUTINE %s TO PUBLIC', given.object);
     END LOOP;
@@ -50,3 +51,6 @@ $$;
 GRANT USAGE ON SCHEMA rekey TO PUBLIC;
 GRANT SELECT ON rekey.keys, rekey.slots, rekey.grants, rekey.root_keys, rekey.audit, rekey.columns,
     rekey.progress, rekey.errors, rekey.live_columns TO PUBLIC;
+-- For monitoring systems, on any server: changes nothing, shows no value and no key.
+GRANT EXECUTE ON FUNCTION rekey.check(), rekey.check_findings() TO pg_monitor;
+GRANT SELECT ON rekey.metrics TO pg_monitor;

@@ -8,7 +8,10 @@
 use std::fmt;
 
 pub use crate::random::RandomError;
-pub use crate::stored_key::{Dek, RootId, RootKey};
+pub use crate::stored_key::{
+    Dek, FINGERPRINT_LEN, Fingerprint, FingerprintKey, RootId, RootKey, fingerprint_slot,
+    fingerprints_equal,
+};
 pub use crate::xaes::{OpenError, Subkey, XaesKey};
 
 use crate::envelope::{COUNTER_LEN, Envelope, EnvelopeError, Header, OVERHEAD, SALT_LEN};

@@ -12,6 +12,7 @@
 pub mod cipher;
 pub mod envelope;
 pub mod exported_key;
+pub mod forecast;
 pub mod keyring;
 pub mod root_keyring;
 pub mod schedule;

@@ -17,6 +17,8 @@ use crate::ffi::text;
 pub enum Error {
     /// The bytes are not an envelope of ours.
     Envelope(EnvelopeError),
+    /// The bytes are not a fingerprint.
+    Fingerprint,
     /// Wrong context, altered bytes: one error for all.
     Authentication(SlotId),
     /// The envelope has a context bound and none was given.
@@ -41,6 +43,10 @@ pub enum Error {
     KeyExists(String),
     /// No role of that name.
     UnknownRole(String),
+    /// A key of the other purpose: key, the purpose that was needed.
+    Purpose(String, &'static str),
+    /// A value names a slot of another key than that of its column.
+    OtherKey(SlotId, String),
     /// No slot of that id in this database.
     UnknownSlot(i64),
     /// Nobody seals under this key now: it has no active slot.
@@ -164,6 +170,17 @@ impl Error {
         unreachable!("ERROR does not return")
     }
 
+    /// The facts and the next step, as rekey.check() shows them.
+    pub fn explain(self) -> (String, String) {
+        let (_, message, detail, hint) = self.texts();
+        let facts = if detail.is_empty() {
+            message
+        } else {
+            format!("{message}: {detail}")
+        };
+        (facts, hint)
+    }
+
     /// Its SQLSTATE.
     pub fn code(self) -> Code {
         self.texts().0
@@ -189,6 +206,32 @@ impl Error {
                 cause.detail(),
                 "Pass bytes that encrypt_col has returned, whole and unchanged; \
                  rekey.is_envelope(value) tells them apart.",
+            ),
+            Error::Fingerprint => entry(
+                ERRCODE_INVALID_BINARY_REPRESENTATION,
+                "the value is not a valid fingerprint",
+                "A fingerprint has 40 bytes and begins with a slot id.".to_string(),
+                "Pass bytes that fingerprint_col has returned, whole and unchanged.",
+            ),
+            Error::Purpose(key, "lookup") => (
+                ERRCODE_INVALID_PARAMETER_VALUE,
+                format!("key \"{key}\" seals and makes no fingerprints"),
+                "Its purpose is seal.".to_string(),
+                "Make fingerprints under a key of its own: rekey.create_key(key_name, \
+                 purpose => 'lookup')."
+                    .to_string(),
+            ),
+            Error::Purpose(key, _) => (
+                ERRCODE_INVALID_PARAMETER_VALUE,
+                format!("key \"{key}\" makes fingerprints and does not seal"),
+                "Its purpose is lookup.".to_string(),
+                "Seal under a key with purpose seal.".to_string(),
+            ),
+            Error::OtherKey(slot, key) => (
+                ERRCODE_INVALID_PARAMETER_VALUE,
+                format!("slot {slot} is not one of key \"{key}\""),
+                "The column is registered for values of this key.".to_string(),
+                "rekey.columns shows the registration, rekey.slots the slot's key.".to_string(),
             ),
             Error::Authentication(slot) => entry(
                 ERRCODE_EXTERNAL_ROUTINE_INVOCATION_EXCEPTION,

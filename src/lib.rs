@@ -14,11 +14,13 @@
 //! | `standbys` | waiting until they have replayed what was committed |
 //! | `worker` | re-encryption of stale rows, and the proof that a slot is unused |
 //! | `typed`, `sealing` | values of any type as payloads, payloads as envelopes, and back |
+//! | `check` | what is wrong with the set-up, and what to do about it |
 //! | `registry` | registered columns as they stand now |
 //! | `live` | columns that are being sealed, or opened, while they are in use |
 //! | `root_key` | where root keys come from |
 //! | `catalog` | the only place that knows our tables |
 //! | `guc`, `error` | settings; the one table of errors |
+//! | `failpoint` | where tests of debug builds stop or kill the server |
 //! | `ffi` | raw PostgreSQL calls, fenced |
 
 use pgrx::prelude::*;
@@ -26,7 +28,9 @@ use pgrx::prelude::*;
 mod api;
 mod cache;
 mod catalog;
+mod check;
 mod error;
+mod failpoint;
 mod ffi;
 mod guc;
 mod lifecycle;

@@ -11,10 +11,11 @@ use rekey_core::keyring::SlotState;
 
 use crate::catalog::read::{self, RootRow, SlotRow};
 use crate::catalog::roots::{self, Roots};
+use crate::catalog::work;
 use crate::catalog::write::{self, Audit};
 use crate::error::{Error, Result};
-use crate::ffi::text;
-use crate::{root_key, standbys};
+use crate::ffi::{session, text};
+use crate::{failpoint, root_key, standbys};
 
 /// A slot that exists in memory only: made, wrapped and unwrapped again.
 struct NewSlot {
@@ -25,27 +26,52 @@ struct NewSlot {
 
 impl NewSlot {
     fn make(key: &str) -> Result<NewSlot> {
+        NewSlot::make_under(&roots_in_use()?, key)
+    }
+
+    fn make_under(roots: &[RootRow], key: &str) -> Result<NewSlot> {
         let id = SlotId::random()?;
         let dek = Dek::generate()?;
         Ok(NewSlot {
             id,
             check_value: dek.check_value(id),
-            wraps: wrap(&dek, id, key)?,
+            wraps: wrap_under_each(roots, &dek, id, key)?,
         })
     }
 
     fn insert(self, key: &str, state: SlotState, action: &str, reason: &str) -> Result<SlotId> {
-        write::insert_slot(self.id, key, state, &self.check_value, reason, &self.wraps)?;
-        Audit {
-            action,
-            key: Some(key),
-            slot: Some(self.id),
-            from: None,
-            to: Some(state),
-            detail: reason,
-        }
-        .record()?;
+        NewSlot::insert_all(&[(key, &self)], state, action, reason)?;
         Ok(self.id)
+    }
+
+    fn insert_all(
+        slots: &[(&str, &NewSlot)],
+        state: SlotState,
+        action: &str,
+        reason: &str,
+    ) -> Result<()> {
+        let rows: Vec<write::NewSlotRow<'_>> = slots
+            .iter()
+            .map(|(key, slot)| write::NewSlotRow {
+                id: slot.id,
+                key,
+                check_value: &slot.check_value,
+                wraps: &slot.wraps,
+            })
+            .collect();
+        write::insert_slots(&rows, state, reason)?;
+        let acts: Vec<Audit<'_>> = slots
+            .iter()
+            .map(|(key, slot)| Audit {
+                action,
+                key: Some(key),
+                slot: Some(slot.id),
+                from: None,
+                to: Some(state),
+                detail: reason,
+            })
+            .collect();
+        Audit::record_all(&acts)
     }
 }
 
@@ -60,10 +86,29 @@ pub fn create_key(new: &write::NewKey<'_>) -> Result<Option<SlotId>> {
         .map(Some)
 }
 
+/// Creates keys with the policy and the grants of another one, each with its first active slot, and
+/// returns the names of those that are new: names that are taken already are left out.
+pub fn create_keys(names: &[&str], like: &str, owner: pg_sys::Oid) -> Result<Vec<String>> {
+    let roots = roots_in_use()?;
+    let created = write::insert_keys_like(names, like, owner)?;
+    let slots = created
+        .iter()
+        .map(|name| NewSlot::make_under(&roots, name))
+        .collect::<Result<Vec<_>>>()?;
+    let named: Vec<(&str, &NewSlot)> = created.iter().map(String::as_str).zip(&slots).collect();
+    NewSlot::insert_all(&named, SlotState::Active, "create_keys", "")?;
+    Ok(created)
+}
+
 /// Wraps a DEK under every root key that is in use and held here; the active one must be held.
-/// From here on no root key comes or goes until the transaction ends: a slot that is made while the
-/// root key is rotated waits, and is then wrapped under the new one too.
 pub fn wrap(dek: &Dek, id: SlotId, key: &str) -> Result<Vec<(RootId, [u8; 73])>> {
+    wrap_under_each(&roots_in_use()?, dek, id, key)
+}
+
+/// The root keys that new slots are wrapped under, the active one first. From here on no root key
+/// comes or goes until the transaction ends: a slot that is made while the root key is rotated
+/// waits, and is then wrapped under the new one too.
+fn roots_in_use() -> Result<Vec<RootRow>> {
     roots::lock(Roots::Use)?;
     let mut roots = read::root_keys()?;
     // The active one first: it may be what makes this session read the keyring again.
@@ -74,11 +119,18 @@ pub fn wrap(dek: &Dek, id: SlotId, key: &str) -> Result<Vec<(RootId, [u8; 73])>>
             "As a superuser run SELECT rekey.init_root_key().".to_string(),
         ));
     }
+    roots.retain(|root| root.state == "active" || root.state == "previous");
+    Ok(roots)
+}
+
+fn wrap_under_each(
+    roots: &[RootRow],
+    dek: &Dek,
+    id: SlotId,
+    key: &str,
+) -> Result<Vec<(RootId, [u8; 73])>> {
     let mut wraps = Vec::new();
-    for root in roots
-        .iter()
-        .filter(|root| root.state == "active" || root.state == "previous")
-    {
+    for root in roots {
         if root.state != "active" && !root_key::holds(root.id) {
             continue;
         }
@@ -194,7 +246,49 @@ pub fn rotate(key: &str, reason: &str) -> Result<SlotId> {
     if let Some(active) = in_state(&slots, SlotState::Active) {
         write::transition(active, SlotState::Previous, "rotate_key", "")?;
     }
-    fresh.insert(key, SlotState::Active, "rotate_key", reason)
+    failpoint::reach("rotate.superseded")?;
+    let id = fresh.insert(key, SlotState::Active, "rotate_key", reason)?;
+    failpoint::reach("rotate.activated")?;
+    Ok(id)
+}
+
+/// Rotates up to `most` keys whose active slot was activated before a timestamptz datum, the oldest
+/// first: those named like `pattern` that the current user may rotate. Returns how many were
+/// rotated, and how many are left.
+pub fn rotate_older(
+    than: pg_sys::Datum,
+    most: i64,
+    pattern: &str,
+    reason: &str,
+) -> Result<(i64, i64)> {
+    let (due, in_all) = work::keys_older(than, most, pattern, session::current_user())?;
+    let names: Vec<&str> = due.iter().map(|(key, _)| key.as_str()).collect();
+    let locked = write::lock_keys(&names)?;
+    let mut superseded = Vec::new();
+    let mut rotated = 0;
+    for (key, active) in due.iter().filter(|(key, _)| locked.contains(key)) {
+        let slots = read::slots_of(&text::to_server(key.as_bytes())?)?;
+        // The lock may have been waited for: somebody else has rotated or shredded it.
+        let still = in_state(&slots, SlotState::Active).filter(|slot| slot.id.as_i64() == *active);
+        let Some(still) = still else { continue };
+        rotated += 1;
+        if in_state(&slots, SlotState::Pending).is_some() {
+            rotate(key, reason)?;
+        } else {
+            superseded.push(still.clone());
+        }
+    }
+    let roots = roots_in_use()?;
+    let fresh = superseded
+        .iter()
+        .map(|slot| NewSlot::make_under(&roots, &slot.key_name))
+        .collect::<Result<Vec<_>>>()?;
+    write::supersede(&superseded, "rotate_keys")?;
+    let keys = superseded.iter().map(|slot| slot.key_name.as_str());
+    let named: Vec<(&str, &NewSlot)> = keys.zip(&fresh).collect();
+    NewSlot::insert_all(&named, SlotState::Active, "rotate_keys", reason)?;
+    let done = i64::try_from(due.len()).unwrap_or(i64::MAX);
+    Ok((rotated, in_all - done))
 }
 
 /// A pending slot: the one that is there, or a new one.

@@ -211,7 +211,7 @@ impl Plan {
             None => Vec::new(),
         };
         let value = match &self.source {
-            Some(source) => source.value(row)?,
+            Some(source) => source.datum(row)?,
             None => Some(plain),
         };
         Ok(Some(Given { value, context }))

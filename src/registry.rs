@@ -1,4 +1,5 @@
-//! Registered columns as they stand now: which tables hold envelopes, under which numbers.
+//! Registered columns as they stand now: which tables hold envelopes and fingerprints, under which
+//! numbers.
 //!
 //! Called by the worker, the proof and the registration itself. Columns are registered by name and
 //! found by number as long as it is the same table, so that a rename is followed; after a dump and
@@ -10,6 +11,7 @@ use pgrx::pg_sys::{self, Oid};
 use crate::catalog::read;
 use crate::error::Result;
 use crate::ffi::relation;
+use crate::stale::Holds;
 
 /// A table that stores rows, with its registered columns.
 pub struct Leaf {
@@ -29,12 +31,42 @@ pub struct LeafColumn {
     pub name: String,
     /// Expression of the context; empty for none.
     pub context: String,
+    /// How to make a fingerprint again, in a column of fingerprints; None in one of envelopes.
+    pub fingerprint: Option<FingerprintColumn>,
+}
+
+impl LeafColumn {
+    /// What the column stores.
+    pub fn holds(&self) -> Holds {
+        match self.fingerprint {
+            Some(_) => Holds::Fingerprints,
+            None => Holds::Envelopes,
+        }
+    }
+}
+
+/// How the fingerprints of a column are made.
+pub struct FingerprintColumn {
+    /// Table that it was registered for: the leaf, or the partitioned one above it.
+    pub registered: Oid,
+    /// Number of the sealed column beside it, which is registered too.
+    pub sealed: i16,
+    /// Lookup key.
+    pub key: String,
+    /// Key of the sealed values.
+    pub sealed_key: String,
+    /// Expression over the value; empty for the value as it is.
+    pub normalise: String,
 }
 
 /// A registration that cannot be served now: it stands in the way of every proof.
 pub struct Trouble {
     /// Table, as people write it.
     pub table: String,
+    /// Table that was registered: the same, or the partitioned one above it.
+    pub registered: Oid,
+    /// Column, as it was registered.
+    pub column: String,
     /// What is wrong.
     pub what: String,
 }
@@ -52,6 +84,12 @@ pub fn stamp(table: Oid) -> Option<String> {
 /// The present number of a registered column in its own table; None when it is gone.
 pub fn attnum(row: &read::RegisteredRow) -> Option<i16> {
     place(row.table, &row.column, row.attnum, &row.stamp)
+}
+
+/// The present number of the sealed column beside a registered column of fingerprints.
+pub fn sealed_attnum(row: &read::RegisteredRow) -> Option<i16> {
+    let of = row.fingerprint.as_ref()?;
+    place(row.table, &of.sealed_column, of.sealed_attnum, &row.stamp)
 }
 
 /// The present number of a column that was registered as `column`, with this number under this
@@ -87,14 +125,19 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
         let Some(name) = root_name else {
             troubles.push(Trouble {
                 table: crate::ffi::table::name(row.table)?,
+                registered: row.table,
+                column: row.column.clone(),
                 what: format!("column \"{}\" is gone", row.column),
             });
             continue;
         };
+        let sealed = sealed_attnum(&row).and_then(|n| relation::column_name(row.table, n));
         for table in relation::leaves(row.table) {
             if relation::kind(table) != b'r' {
                 troubles.push(Trouble {
                     table: crate::ffi::table::name(table)?,
+                    registered: row.table,
+                    column: name.clone(),
                     what: "a partition that is a foreign table cannot be re-encrypted here"
                         .to_string(),
                 });
@@ -104,14 +147,26 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
             let Some(attnum) = number.filter(|n| relation::is_bytea(table, *n)) else {
                 troubles.push(Trouble {
                     table: crate::ffi::table::name(table)?,
+                    registered: row.table,
+                    column: name.clone(),
                     what: format!("column \"{name}\" is not of type bytea"),
                 });
                 continue;
             };
+            let sealed = sealed.as_deref();
+            let sealed = sealed.and_then(|sealed| relation::column_number(table, sealed));
+            let fingerprint = row.fingerprint.as_ref().map(|of| FingerprintColumn {
+                registered: row.table,
+                sealed: sealed.unwrap_or(0),
+                key: of.key.clone(),
+                sealed_key: of.sealed_key.clone(),
+                normalise: of.normalise.clone(),
+            });
             let column = LeafColumn {
                 attnum,
                 name: name.clone(),
                 context: row.context.clone(),
+                fingerprint,
             };
             match leaves.iter_mut().find(|leaf| leaf.table == table) {
                 Some(leaf) if leaf.columns.iter().any(|c| c.attnum == attnum) => {}
@@ -129,13 +184,31 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
     }
     for leaf in &mut leaves {
         leaf.columns.sort_by_key(|column| column.attnum);
+        for column in &leaf.columns {
+            let Some(of) = &column.fingerprint else {
+                continue;
+            };
+            let is_sealed = |c: &LeafColumn| c.fingerprint.is_none() && c.attnum == of.sealed;
+            if !leaf.columns.iter().any(is_sealed) {
+                troubles.push(Trouble {
+                    table: crate::ffi::table::name(leaf.table)?,
+                    registered: of.registered,
+                    column: column.name.clone(),
+                    what: format!(
+                        "the sealed column beside \"{}\" is gone or not registered",
+                        column.name
+                    ),
+                });
+            }
+        }
     }
     leaves.sort_by_key(|leaf| leaf.table.to_u32());
     Ok((leaves, troubles))
 }
 
 /// One table with its columns, as `leaves` would give it; of a partitioned table the columns that
-/// its partitions have through it. None when nothing of it is registered, or can be served.
+/// its partitions have through it, those of envelopes. None when nothing of it is registered, or can
+/// be served.
 pub fn leaf(table: Oid) -> Result<Option<Leaf>> {
     let mut above = relation::ancestors(table);
     above.insert(0, table);
@@ -148,6 +221,7 @@ pub fn leaf(table: Oid) -> Result<Option<Leaf>> {
     for row in above
         .iter()
         .flat_map(|oid| rows.iter().filter(|row| row.table == *oid))
+        .filter(|row| row.fingerprint.is_none())
     {
         let name = attnum(row).and_then(|number| relation::column_name(row.table, number));
         let number = name
@@ -163,6 +237,7 @@ pub fn leaf(table: Oid) -> Result<Option<Leaf>> {
                 attnum,
                 name,
                 context: row.context.clone(),
+                fingerprint: None,
             });
         }
     }

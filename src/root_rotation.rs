@@ -16,7 +16,7 @@ use crate::catalog::read::{self, RootRow, SlotRow};
 use crate::catalog::roots::{self, Roots};
 use crate::catalog::write::Audit;
 use crate::error::{Error, Result};
-use crate::{lifecycle, root_key};
+use crate::{failpoint, lifecycle, root_key};
 
 /// Wrapped keys that one INSERT carries: large enough that its cost does not show, small enough
 /// (some 400 kB) that it needs no thought.
@@ -44,6 +44,7 @@ pub fn rotate(wanted: Option<RootId>) -> Result<RootId> {
             root_key::next(active.id, &known)?
         }
     };
+    failpoint::reach("root.added")?;
     let known = all.iter().find(|root| root.id == id);
     match known.map(|root| root.state.as_str()) {
         None | Some("previous") => {}
@@ -71,7 +72,9 @@ pub fn rotate(wanted: Option<RootId>) -> Result<RootId> {
         created_at: 0,
         retired_at: None,
     };
+    failpoint::reach("root.activated")?;
     let count = wrap_all(&row)?;
+    failpoint::reach("root.wrapped")?;
     Audit::act(
         "rotate_root_key",
         None,
@@ -131,7 +134,9 @@ pub fn retire(id: RootId) -> Result<()> {
         })?;
     }
     roots::delete_wraps_under(id)?;
+    failpoint::reach("root.unwrapped")?;
     roots::set_state(id, "retired")?;
+    failpoint::reach("root.retired")?;
     Audit::act(
         "retire_root_key",
         None,

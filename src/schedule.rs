@@ -2,34 +2,55 @@
 //!
 //! Called by src/worker/. Pure: no server, no clock of its own.
 
-/// Blocks of a batch, learnt from how long the last one took.
+/// Blocks and rows of a batch, learnt from how long the last one took. Blocks alone would not do:
+/// behind a stretch where nothing is stale they would be many, and full of rows.
 #[derive(Clone, Copy, Debug)]
-pub struct BatchSize(u32);
+pub struct BatchSize {
+    blocks: u32,
+    rows: u32,
+}
 
 /// 128 MB of 8 kB blocks: what one batch looks at, at most.
 pub const MAX_BLOCKS: u32 = 16_384;
+/// What one batch re-encrypts, at most.
+pub const MAX_ROWS: u32 = 1_000_000;
 
 impl BatchSize {
     /// A first, small batch.
     #[must_use]
     pub fn new() -> BatchSize {
-        BatchSize(16)
+        BatchSize {
+            blocks: 16,
+            rows: 64,
+        }
     }
 
-    /// Blocks of the next batch.
+    /// Blocks that the next batch looks at.
     #[must_use]
     pub fn blocks(self) -> u32 {
-        self.0
+        self.blocks
     }
 
-    /// Learns from a batch of `blocks()` that took `took_ms`: at most twice as large the next time,
-    /// and smaller at once.
-    pub fn learn(&mut self, took_ms: u64, target_ms: u64) {
-        let fitting = u64::from(self.0) * target_ms.max(1) / took_ms.max(1);
-        let next = fitting.min(u64::from(self.0) * 2);
-        self.0 = u32::try_from(next)
-            .unwrap_or(MAX_BLOCKS)
-            .clamp(1, MAX_BLOCKS);
+    /// Rows that the next batch re-encrypts.
+    #[must_use]
+    pub fn rows(self) -> u32 {
+        self.rows
+    }
+
+    /// Learns from a batch of so many blocks and rows that took `took_ms`: at most twice as large
+    /// the next time, and smaller at once. Nothing is learnt of what there was none of.
+    pub fn learn(&mut self, blocks: u32, rows: u32, took_ms: u64, target_ms: u64) {
+        let next = |last: u32, done: u32, most: u32| {
+            let fitting = u64::from(done) * target_ms.max(1) / took_ms.max(1);
+            let next = fitting.min(u64::from(last) * 2);
+            u32::try_from(next).unwrap_or(most).clamp(1, most)
+        };
+        if blocks > 0 {
+            self.blocks = next(self.blocks, blocks, MAX_BLOCKS);
+        }
+        if rows > 0 {
+            self.rows = next(self.rows, rows, MAX_ROWS);
+        }
     }
 }
 
@@ -124,6 +145,15 @@ pub struct Limits {
     pub free_disk_mb: Option<u64>,
 }
 
+/// Rest after `worked_ms` of work, so that work takes the share `ratio` of the time.
+#[must_use]
+pub fn rest_ms(worked_ms: u64, ratio: f64) -> u64 {
+    #[allow(clippy::cast_precision_loss, clippy::cast_sign_loss)]
+    #[allow(clippy::cast_possible_truncation, reason = "milliseconds of one batch")]
+    let rest = (worked_ms as f64 * (1.0 / ratio.clamp(0.01, 1.0) - 1.0)) as u64;
+    rest
+}
+
 /// How long to rest before the next batch, and why; None: no rest. What endangers the server rests
 /// for a second and is looked at again.
 #[must_use]
@@ -152,10 +182,7 @@ pub fn rest(facts: &Facts, limits: &Limits) -> Option<(u64, Brake)> {
     if let Some((_, brake)) = alarms.into_iter().find(|(raised, _)| *raised) {
         return Some((LOOK_AGAIN_MS, brake));
     }
-    let ratio = limits.work_ratio.clamp(0.01, 1.0);
-    #[allow(clippy::cast_precision_loss, clippy::cast_sign_loss)]
-    #[allow(clippy::cast_possible_truncation, reason = "milliseconds of one batch")]
-    let by_ratio = (facts.worked_ms as f64 * (1.0 / ratio - 1.0)) as u64;
+    let by_ratio = rest_ms(facts.worked_ms, limits.work_ratio);
     let by_wal = limits.wal_rate.map_or(0, |rate| {
         (facts.wal_bytes.saturating_mul(1000) / rate.max(1)).saturating_sub(facts.worked_ms)
     });
@@ -181,23 +208,36 @@ mod tests {
     #[test]
     fn a_batch_grows_to_twice_at_most_and_shrinks_at_once() {
         let mut size = BatchSize::new();
-        size.learn(1, 100);
-        assert_eq!(size.blocks(), 32);
-        size.learn(1000, 100);
-        assert_eq!(size.blocks(), 3);
-        size.learn(100_000, 100);
-        assert_eq!(size.blocks(), 1, "never none");
+        size.learn(16, 64, 1, 100);
+        assert_eq!((size.blocks(), size.rows()), (32, 128));
+        size.learn(32, 128, 1000, 100);
+        assert_eq!((size.blocks(), size.rows()), (3, 12));
+        size.learn(3, 12, 100_000, 100);
+        assert_eq!((size.blocks(), size.rows()), (1, 1), "never none");
         for _ in 0..30 {
-            size.learn(0, 100);
+            size.learn(size.blocks(), size.rows(), 0, 100);
         }
-        assert_eq!(size.blocks(), MAX_BLOCKS);
+        assert_eq!((size.blocks(), size.rows()), (MAX_BLOCKS, MAX_ROWS));
     }
 
     #[test]
     fn a_batch_of_the_right_length_keeps_its_size() {
         let mut size = BatchSize::new();
-        size.learn(100, 100);
-        assert_eq!(size.blocks(), 16);
+        size.learn(16, 64, 100, 100);
+        assert_eq!((size.blocks(), size.rows()), (16, 64));
+    }
+
+    #[test]
+    fn blocks_without_stale_rows_do_not_make_the_next_batch_rewrite_more() {
+        let mut size = BatchSize::new();
+        for _ in 0..30 {
+            size.learn(size.blocks(), 0, 1, 100);
+        }
+        assert_eq!((size.blocks(), size.rows()), (MAX_BLOCKS, 64));
+        size.learn(2, 64, 10, 100);
+        assert_eq!((size.blocks(), size.rows()), (20, 128), "full of rows");
+        size.learn(0, 128, 1000, 100);
+        assert_eq!((size.blocks(), size.rows()), (20, 12), "single rows");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::rc::Rc;
 
 use pgrx::pg_sys;
+use rekey_core::cipher::{FINGERPRINT_LEN, fingerprint_slot};
 use rekey_core::envelope::{CIPHERTEXT_AT, HEADER_LEN, Header, OVERHEAD, SlotId};
 use rekey_core::keyring::SlotState;
 
@@ -78,14 +79,14 @@ pub fn slots() -> Result<Rc<Slots>> {
         return Ok(slots);
     }
     let mut active: std::collections::HashSet<String> = std::collections::HashSet::new();
-    let seal_keys = read::sealing_keys()?;
+    let keys = read::living_keys()?;
     let rows = read::all_slots()?;
     for row in rows.iter().filter(|row| row.state == SlotState::Active) {
         active.insert(row.key_name.clone());
     }
     let mut standing = BySlot::default();
     for row in rows {
-        let drains = active.contains(&row.key_name) && seal_keys.contains(&row.key_name);
+        let drains = active.contains(&row.key_name) && keys.contains(&row.key_name);
         let judged = match row.state {
             SlotState::Pending | SlotState::Active => Standing::Current,
             _ if !drains => Standing::Current,
@@ -154,16 +155,46 @@ pub fn judge(slot: SlotId) -> Result<Judgement> {
     Ok(judgement)
 }
 
-/// Header and nonce of an envelope: they tell it from every other one.
+/// What a column stores that names slots.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Holds {
+    /// Sealed values.
+    Envelopes,
+    /// Keyed digests of them. Shorter than any envelope: no value is both.
+    Fingerprints,
+}
+
+impl Holds {
+    /// The slot that a datum of such a column names; None for what is nothing of the kind.
+    #[inline]
+    pub fn slot(self, datum: pg_sys::Datum) -> Option<SlotId> {
+        match self {
+            Holds::Envelopes => header(datum).map(|header| header.slot),
+            Holds::Fingerprints if text::varlena_len(datum) != FINGERPRINT_LEN => None,
+            Holds::Fingerprints => fingerprint_slot(text::detoasted(datum)),
+        }
+    }
+
+    /// The head of a datum that names a slot.
+    pub fn head(self, datum: pg_sys::Datum) -> Option<Head> {
+        self.slot(datum)?;
+        let len = i32::try_from(CIPHERTEXT_AT).ok()?;
+        // A value that is not toasted comes whole.
+        let prefix = text::detoasted_prefix(datum, len);
+        prefix.get(..CIPHERTEXT_AT)?.try_into().ok()
+    }
+}
+
+/// Header and nonce of an envelope: they tell it from every other one. Of a fingerprint as many
+/// bytes: they tell it from those of other values.
 pub type Head = [u8; CIPHERTEXT_AT];
 
-/// The head of a datum that is an envelope.
-pub fn head(datum: pg_sys::Datum) -> Option<Head> {
-    header(datum)?;
-    let len = i32::try_from(CIPHERTEXT_AT).ok()?;
-    // A value that is not toasted comes whole.
-    let prefix = text::detoasted_prefix(datum, len);
-    prefix.get(..CIPHERTEXT_AT)?.try_into().ok()
+/// The slot that a head names. A fingerprint begins with it, and an envelope with a byte that no
+/// slot id begins with.
+pub fn slot_of(head: &Head) -> Option<SlotId> {
+    let fingerprint = || SlotId::new(u64::from_be_bytes(*head.first_chunk()?));
+    let envelope = Header::parse(head).ok().map(|header| header.slot);
+    envelope.or_else(fingerprint)
 }
 
 /// The header of a datum that is long enough to be an envelope, without its body.

@@ -31,7 +31,8 @@ const KEY_LEN: usize = 32;
 const ROOT_ID_LEN: usize = 16;
 /// Bytes of an HMAC-SHA-256: check values and root checks.
 const CHECK_LEN: usize = 32;
-const FINGERPRINT_LEN: usize = 8 + CHECK_LEN;
+/// Slot id and HMAC: shorter than any envelope, and its first byte is below 0x80.
+pub const FINGERPRINT_LEN: usize = 8 + CHECK_LEN;
 
 /// Version byte, nonce, encrypted DEK, tag.
 const WRAPPED_LEN: usize = 1 + NONCE_LEN + KEY_LEN + TAG_LEN;
@@ -81,19 +82,46 @@ impl Dek {
         XaesKey::new(&self.0)
     }
 
-    /// A keyed digest for equality lookups, under keys of purpose lookup: equal for equal slot,
-    /// context and value, and telling nothing else without the DEK.
-    pub fn fingerprint(&self, slot: SlotId, context: &[u8], value: &[u8]) -> [u8; FINGERPRINT_LEN] {
-        let len = u32be_len(context);
-        let digest = hmac_sha256(&self.0, &[FINGERPRINT, &len, context, value]);
-        let mut fingerprint = [0; FINGERPRINT_LEN];
-        fingerprint[..8].copy_from_slice(&slot.to_be_bytes());
-        fingerprint[8..].copy_from_slice(&digest);
-        fingerprint
+    /// What makes fingerprints under this key, of purpose lookup.
+    pub fn fingerprint_key(&self) -> FingerprintKey {
+        FingerprintKey(Box::new(keyed_hmac(&self.0)))
     }
 }
 
 impl ZeroizeOnDrop for Dek {}
+
+/// Bytes of a fingerprint, as stored.
+pub type Fingerprint = [u8; FINGERPRINT_LEN];
+
+/// A DEK of purpose lookup, its HMAC ready for the next value. Wipes itself, as its digest does.
+pub struct FingerprintKey(Box<Hmac<Sha256>>);
+
+impl FingerprintKey {
+    /// A keyed digest for equality lookups: equal for equal slot, context and value, and telling
+    /// nothing else without the DEK. The slot is the key's own.
+    pub fn fingerprint(&self, slot: SlotId, context: &[u8], value: &[u8]) -> Fingerprint {
+        let mut mac = Hmac::clone(&self.0);
+        for part in [FINGERPRINT, &u32be_len(context), context, value] {
+            mac.update(part);
+        }
+        let mut fingerprint = [0; FINGERPRINT_LEN];
+        fingerprint[..8].copy_from_slice(&slot.to_be_bytes());
+        fingerprint[8..].copy_from_slice(&mac.finalize().into_bytes());
+        fingerprint
+    }
+}
+
+/// The slot that a fingerprint names; None for what is none.
+pub fn fingerprint_slot(fingerprint: &[u8]) -> Option<SlotId> {
+    let fingerprint: &Fingerprint = fingerprint.try_into().ok()?;
+    let (id, _) = fingerprint.split_first_chunk()?;
+    SlotId::new(u64::from_be_bytes(*id))
+}
+
+/// Compares fingerprints in constant time; false for one of another length.
+pub fn fingerprints_equal(one: &[u8], other: &[u8]) -> bool {
+    one.ct_eq(other).into()
+}
 
 /// A key-encryption key: 32 uniformly random bytes from outside the database.
 pub struct RootKey(Secret);
@@ -254,8 +282,12 @@ fn secret_from_slice(bytes: &[u8]) -> Option<Secret> {
     Some(secret)
 }
 
+fn keyed_hmac(key: &[u8; KEY_LEN]) -> Hmac<Sha256> {
+    Hmac::new_from_slice(key).expect("HMAC takes keys of every length")
+}
+
 fn hmac_sha256(key: &[u8; KEY_LEN], parts: &[&[u8]]) -> [u8; CHECK_LEN] {
-    let mut mac = Hmac::<Sha256>::new_from_slice(key).expect("HMAC takes keys of every length");
+    let mut mac = keyed_hmac(key);
     for part in parts {
         mac.update(part);
     }

@@ -112,6 +112,7 @@ pub fn import(exported: &ExportedKey, transport: Option<&RootKey>, name: &str) -
     let mut moves_to = None;
     for slot in &exported.slots {
         if is_known(slot, name)? {
+            wrap_known(exported, slot, transport, name)?;
             if slot.state == SlotState::Active && follows {
                 moves_to = Some(slot.id);
             }
@@ -197,6 +198,36 @@ fn is_known(slot: &ExportedSlot, name: &str) -> Result<bool> {
         ));
     }
     Ok(true)
+}
+
+/// A slot that has come by logical replication is wrapped under the publisher's root keys alone: it
+/// is wrapped under those here as well.
+fn wrap_known(
+    exported: &ExportedKey,
+    slot: &ExportedSlot,
+    transport: Option<&RootKey>,
+    name: &str,
+) -> Result<()> {
+    let destroyed = |state| state == SlotState::Destroyed;
+    if destroyed(slot.state) || read::slot(slot.id)?.is_none_or(|row| destroyed(row.state)) {
+        return Ok(());
+    }
+    let wraps = read::wraps(slot.id)?;
+    let is_wrapped = |id| wraps.iter().any(|(root, _)| *root == id);
+    let roots = read::root_keys()?;
+    if roots
+        .iter()
+        .any(|r| r.state == "active" && is_wrapped(r.id))
+    {
+        return Ok(());
+    }
+    let dek = unwrap(exported, slot, transport)?;
+    for (root, wrapped) in lifecycle::wrap(&dek, slot.id, name)? {
+        if !is_wrapped(root) {
+            write::insert_wrap(slot.id, root, &wrapped)?;
+        }
+    }
+    Ok(())
 }
 
 fn insert(

@@ -1,8 +1,8 @@
 //! Typed payloads (kind 2): a value's type name and text form, and back to a value.
 //!
 //! Called by encrypt_col(anyelement), decrypt_col_as and live columns. What is looked up of a type
-//! lives in the memory context in which it was first asked for. Invariant: text is always kind 0 and bytea kind 1, whichever
-//! overload they came by, and a domain is sealed as its base type.
+//! lives in the memory context in which it was first asked for. Invariant: text is always kind 0
+//! and bytea kind 1, whichever overload they came by, and a domain is sealed as its base type.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -13,7 +13,7 @@ use rekey_core::envelope::{Kind, split_typed, typed_prefix};
 
 use crate::error::{Error, Result};
 use crate::ffi::call::Memory;
-use crate::ffi::text;
+use crate::ffi::text::{self, Varlena};
 use crate::ffi::types::{self, Cast, Function};
 
 /// How values of one type are sealed.
@@ -65,6 +65,19 @@ impl Sealable {
 
 /// What is sealed of a value: the kind, the prefix, and the body, in UTF-8 where it is text.
 pub type Payload<'a> = (Kind, &'a [u8], Cow<'static, [u8]>);
+
+/// The text form of an opened payload, whatever its kind.
+pub fn text_form(kind: Kind, mut value: Varlena) -> Result<pg_sys::Datum> {
+    match kind {
+        Kind::Text if text::server_is_utf8() => Ok(value.finish()),
+        Kind::Text => text::bytes_datum(&text::to_server(value.data())?),
+        Kind::Bytea => text::bytes_datum(&hex(value.data())),
+        Kind::Typed => {
+            let (_, form) = split_typed(value.data())?;
+            text::bytes_datum(&text::to_server(form)?)
+        }
+    }
+}
 
 /// What decrypt_col_as returns at one call site.
 pub struct Target {

@@ -6,6 +6,7 @@
 use proptest::prelude::*;
 use rekey_core::cipher::{
     self, Dek, OpenEnvelopeError, OpenError, RootId, RootKey, SealState, Subkey, XaesKey,
+    fingerprint_slot, fingerprints_equal,
 };
 use rekey_core::envelope::{COUNTER_LEN, Header, Kind, NONCE_LEN, SALT_LEN, SlotId};
 use xaes_256_gcm::Xaes256Gcm;
@@ -317,28 +318,48 @@ fn check_values_tell_keys_and_slots_apart() {
 
 #[test]
 fn fingerprints_tell_slot_context_and_value_apart() {
-    let dek = Dek::from_slice(&[4; 32]).expect("32 bytes");
+    let key = Dek::from_slice(&[4; 32])
+        .expect("32 bytes")
+        .fingerprint_key();
+    let other = Dek::from_slice(&[5; 32])
+        .expect("32 bytes")
+        .fingerprint_key();
     let all = [
-        dek.fingerprint(slot(1), b"", b"ab"),
-        dek.fingerprint(slot(2), b"", b"ab"),
-        dek.fingerprint(slot(1), b"a", b"b"),
-        dek.fingerprint(slot(1), b"ab", b""),
-        Dek::from_slice(&[5; 32])
-            .expect("32 bytes")
-            .fingerprint(slot(1), b"", b"ab"),
+        key.fingerprint(slot(1), b"", b"ab"),
+        key.fingerprint(slot(2), b"", b"ab"),
+        key.fingerprint(slot(1), b"a", b"b"),
+        key.fingerprint(slot(1), b"ab", b""),
+        other.fingerprint(slot(1), b"", b"ab"),
     ];
     for (at, one) in all.iter().enumerate() {
         assert!(
-            all[at + 1..].iter().all(|other| other != one),
+            all[at + 1..]
+                .iter()
+                .all(|other| !fingerprints_equal(one, other)),
             "fingerprint {at} came twice"
         );
     }
-    assert_eq!(
-        all[0],
-        dek.fingerprint(slot(1), b"", b"ab"),
-        "deterministic"
-    );
+    let again = key.fingerprint(slot(1), b"", b"ab");
+    assert!(fingerprints_equal(&all[0], &again), "deterministic");
     assert_eq!(all[1][..8], slot(2).to_be_bytes());
+}
+
+#[test]
+fn only_40_bytes_with_a_slot_id_in_front_are_a_fingerprint() {
+    let key = Dek::from_slice(&[4; 32])
+        .expect("32 bytes")
+        .fingerprint_key();
+    let mut fingerprint = key.fingerprint(slot(7), b"", b"v");
+    assert_eq!(fingerprint_slot(&fingerprint), Some(slot(7)));
+    assert_eq!(fingerprint_slot(&fingerprint[..39]), None);
+    assert_eq!(
+        fingerprint_slot(&[&fingerprint[..], &[0][..]].concat()),
+        None
+    );
+    fingerprint[0] |= 0x80;
+    assert_eq!(fingerprint_slot(&fingerprint), None, "top bit");
+    fingerprint[..8].fill(0);
+    assert_eq!(fingerprint_slot(&fingerprint), None, "slot id 0");
 }
 
 #[test]

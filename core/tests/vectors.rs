@@ -10,7 +10,9 @@ use std::fs;
 use std::path::PathBuf;
 
 use hmac::{Hmac, KeyInit, Mac};
-use rekey_core::cipher::{self, Dek, OpenEnvelopeError, RootId, RootKey, XaesKey};
+use rekey_core::cipher::{
+    self, Dek, OpenEnvelopeError, RootId, RootKey, XaesKey, fingerprint_slot,
+};
 use rekey_core::envelope::{self, Envelope, Header, Kind, SlotId};
 use rekey_core::root_keyring::RootKeyring;
 use serde_json::{Value, json};
@@ -186,7 +188,9 @@ fn published_fingerprints_are_reproduced() {
         let (dek, slot, context) = (dek(&vector), slot(&vector), context(&vector));
         let value = text(&vector, "value").as_bytes();
         let published = hex(&vector, "fingerprint");
-        assert_eq!(dek.fingerprint(slot, context, value)[..], published);
+        let key = dek.fingerprint_key();
+        assert_eq!(key.fingerprint(slot, context, value)[..], published);
+        assert_eq!(fingerprint_slot(&published), Some(slot));
         let len = u32::try_from(context.len()).expect("short").to_be_bytes();
         let message = [b"pg_rekey/v1/fingerprint\0", &len[..], context, value].concat();
         assert_eq!(published[..8], slot.get().to_be_bytes());
@@ -726,7 +730,7 @@ fn fingerprints() -> Vec<Value> {
             "slot_id": slot.to_string(),
             "context": context,
             "value": value,
-            "fingerprint": to_hex(&dek.fingerprint(slot, bound, value.as_bytes())),
+            "fingerprint": to_hex(&dek.fingerprint_key().fingerprint(slot, bound, value.as_bytes())),
         })
     })
     .to_vec()

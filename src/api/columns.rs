@@ -1,5 +1,6 @@
-//! Registered columns and their re-encryption: register_column, unregister_column, reencrypt's
-//! steps, pause and resume, the quarantine, find_envelopes, evidence.
+//! Registered columns and their re-encryption: register_column, register_fingerprint,
+//! unregister_column, reencrypt's steps, pause and resume, the quarantine, find_envelopes,
+//! explain_rotation, evidence.
 
 use std::cell::RefCell;
 use std::time::Duration;
@@ -7,7 +8,10 @@ use std::time::Duration;
 use pgrx::PgSqlErrorCode as Code;
 use pgrx::pg_sys::{FunctionCallInfo, Oid};
 use pgrx::prelude::*;
+use rekey_core::keyring::Privilege;
 
+use super::grants::require;
+use super::keys::{key_name, key_or_default};
 use super::{live, touch};
 use crate::catalog::write::{self, Audit};
 use crate::catalog::{evidence, read, work};
@@ -17,10 +21,11 @@ use crate::ffi::expression::Expression;
 use crate::ffi::session::{self, ActAs};
 use crate::ffi::table::columns_of;
 use crate::ffi::trigger::TriggerCall;
-use crate::ffi::{hooks, relation, scan, table, text};
+use crate::ffi::{background, hooks, relation, scan, shared, table, text};
 use crate::registry;
+use crate::stale::Holds;
 use crate::worker::drain::{Drainer, Step};
-use crate::worker::elsewhere;
+use crate::worker::{elsewhere, forecast, refresh};
 
 pub(super) fn object(code: Code, message: String, detail: &str, hint: &str) -> Error {
     Error::Object(code, message, detail.to_string(), hint.to_string())
@@ -147,22 +152,15 @@ fn check(oid: Oid, column: &str, context: &str, fire_triggers: bool) -> Result<i
     Ok(attnum)
 }
 
-#[pg_extern(sql = false)]
-fn register_column(fcinfo: FunctionCallInfo) -> Reply {
-    reply(fcinfo, |call| {
-        session::refuse_read_only(c"register_column()");
-        let oid = call.required_oid(0, "table_name")?;
-        let column = call.required_name(1, "column_name")?;
-        let context = call.required_text(2, "context")?;
-        let fire_triggers = call.required_bool(3, "fire_triggers")?;
-        register(oid, &column, &context, fire_triggers)?;
-        Ok(Reply::void())
-    })
-}
-
-/// Registers a column of a table that the current user owns.
-pub(super) fn register(oid: Oid, column: &str, context: &str, fire_triggers: bool) -> Result<()> {
-    own(oid)?;
+/// Registers a column of the current user's table, of envelopes or of fingerprints.
+pub(super) fn register(
+    action: &str,
+    oid: Oid,
+    column: &str,
+    context: &str,
+    fire_triggers: bool,
+    fingerprint: Option<&read::FingerprintRow>,
+) -> Result<()> {
     write::settle_registrations(oid)?;
     let name = table::name(oid)?;
     let again = || {
@@ -197,14 +195,99 @@ pub(super) fn register(oid: Oid, column: &str, context: &str, fire_triggers: boo
         fire_triggers,
         attnum,
         by: &user,
+        fingerprint,
     };
     if !write::insert_registration(&column_as)? {
         return Err(again());
     }
     touch::follow(oid)?;
-    Audit::act("register_column", None, &format!("{name}.{column}")).record()?;
+    Audit::act(action, None, &format!("{name}.{column}")).record()?;
     hooks::wake_on_commit();
     Ok(())
+}
+
+#[pg_extern(sql = false)]
+fn register_column(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"register_column()");
+        let oid = call.required_oid(0, "table_name")?;
+        let column = call.required_name(1, "column_name")?;
+        let context = call.required_text(2, "context")?;
+        let fire_triggers = call.required_bool(3, "fire_triggers")?;
+        own(oid)?;
+        register(
+            "register_column",
+            oid,
+            &column,
+            &context,
+            fire_triggers,
+            None,
+        )?;
+        Ok(Reply::void())
+    })
+}
+
+/// The registration stands for the privileges of whoever makes it: the worker asks for none when it
+/// opens the values of the sealed column and makes fingerprints of them.
+#[pg_extern(sql = false)]
+fn register_fingerprint(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"register_fingerprint()");
+        let oid = call.required_oid(0, "table_name")?;
+        let column = call.required_name(1, "column_name")?;
+        let sealed_column = call.required_name(2, "sealed_column")?;
+        let key = key_name(&call, 3)?;
+        let sealed_key = key_or_default(&call, 4)?;
+        let normalise = call.required_text(5, "normalise")?;
+        let context = call.required_text(6, "context")?;
+        own(oid)?;
+        for (key, seals, purpose, privilege) in [
+            (&key, false, "lookup", Privilege::Encrypt),
+            (&sealed_key, true, "seal", Privilege::Decrypt),
+        ] {
+            require(key, privilege)?;
+            if read::key(&text::to_server(key.as_bytes())?)?.is_some_and(|row| row.seals != seals) {
+                return Err(Error::Purpose(key.clone(), purpose));
+            }
+        }
+        let (leaves, _) = registry::leaves()?;
+        let name = table::name(oid)?;
+        for leaf in relation::leaves(oid) {
+            let sealed = relation::column_number(leaf, &sealed_column);
+            let known = leaves.iter().find(|known| known.table == leaf);
+            let is_sealed = |c: &registry::LeafColumn| {
+                c.holds() == Holds::Envelopes && Some(c.attnum) == sealed
+            };
+            if !known.is_some_and(|known| known.columns.iter().any(is_sealed)) {
+                return Err(Error::State(
+                    format!("column \"{sealed_column}\" of {name} is not registered"),
+                    "Fingerprints are made again from the sealed values beside them, in a column \
+                     of which the context is known."
+                        .to_string(),
+                    "Register it first: rekey.register_column(table_name, column_name, context)."
+                        .to_string(),
+                ));
+            }
+        }
+        let fingerprint = read::FingerprintRow {
+            sealed_attnum: relation::column_number(oid, &sealed_column).unwrap_or(0),
+            sealed_column,
+            key,
+            sealed_key,
+            normalise,
+        };
+        refuse_normaliser(oid, &fingerprint)?;
+        let action = "register_fingerprint";
+        register(action, oid, &column, &context, false, Some(&fingerprint))?;
+        Ok(Reply::void())
+    })
+}
+
+/// Tries the expression as the worker will: acting as the table's owner.
+fn refuse_normaliser(oid: Oid, of: &read::FingerprintRow) -> Result<()> {
+    let locked = Locked::lock(oid)?;
+    let _owner = ActAs::restricted(relation::owner(locked.0));
+    refresh::normaliser(&of.normalise, &of.sealed_key).map(|_| ())
 }
 
 #[pg_extern(sql = false)]
@@ -246,6 +329,7 @@ fn stamp_registration(fcinfo: FunctionCallInfo) -> Reply {
             .filter(|trigger| trigger.is_before_store() && scan::belongs_to_us(trigger.table()))
             .ok_or_else(|| Error::Internal("called outside its trigger".to_string()))?;
         let datum = |attribute| columns_of(trigger.new_row(), &[attribute]).pop().flatten();
+        let mut sealed = None;
         let (table, numbers, of) = if trigger.table_name() == "live_column" {
             // The worker goes on with it where it was restored.
             hooks::wake_on_commit();
@@ -255,7 +339,8 @@ fn stamp_registration(fcinfo: FunctionCallInfo) -> Reply {
             (row.table, numbers.to_vec(), of)
         } else {
             let row = read::registered_row(datum)?;
-            let (at, of) = read::STAMP;
+            let (at, of, sealed_at) = read::STAMP;
+            sealed = registry::sealed_attnum(&row).map(|number| (sealed_at, number));
             (row.table, vec![(at, registry::attnum(&row))], of)
         };
         let Some(stamp) = registry::stamp(table) else {
@@ -266,6 +351,9 @@ fn stamp_registration(fcinfo: FunctionCallInfo) -> Reply {
             let Some(number) = number else {
                 return Ok(trigger.store_with(&[]));
             };
+            changes.push((at, Some(pg_sys::Datum::from(number))));
+        }
+        if let Some((at, number)) = sealed {
             changes.push((at, Some(pg_sys::Datum::from(number))));
         }
         changes.push((of, Some(text::text_datum(&stamp)?)));
@@ -331,9 +419,12 @@ fn reencrypt_step(fcinfo: FunctionCallInfo) -> Reply {
         let first = call.required_bool(1, "first")?;
         let user = session::current_user();
         let (leaves, _) = registry::leaves()?;
-        let owns_all = leaves
-            .iter()
-            .all(|leaf| relation::is_owned_by(leaf.table, user));
+        let registered = read::registered_columns()?;
+        let named = registered.iter().map(|row| row.table);
+        let owns_all = named
+            .filter(|table| relation::exists(*table))
+            .chain(leaves.iter().map(|leaf| leaf.table))
+            .all(|table| relation::is_owned_by(table, user));
         match table {
             Some(oid) => own(oid)?,
             None if owns_all => {}
@@ -345,12 +436,14 @@ fn reencrypt_step(fcinfo: FunctionCallInfo) -> Reply {
                 ));
             }
         }
+        // With nothing registered only after_drain is left to do.
+        let proves = owns_all && (!registered.is_empty() || session::is_superuser(user));
         if first {
-            FOREGROUND.replace(Some(Drainer::new(table, owns_all)));
+            FOREGROUND.replace(Some(Drainer::new(table, proves)));
         }
         let mut drainer = FOREGROUND
             .take()
-            .unwrap_or_else(|| Drainer::new(table, owns_all));
+            .unwrap_or_else(|| Drainer::new(table, proves));
         let step = drainer.step()?;
         FOREGROUND.replace(Some(drainer));
         let (message, rewritten, finished) = match step {
@@ -404,7 +497,7 @@ fn resume(fcinfo: FunctionCallInfo) -> Reply {
                 "rekey.progress shows what is paused.".to_string(),
             ));
         }
-        work::note(table, "", "")?;
+        work::put_off(table, "")?;
         Audit::act("resume", None, &described(table, "")?).record()?;
         hooks::wake_on_commit();
         Ok(Reply::void())
@@ -473,6 +566,18 @@ fn envelope_places(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |_| Reply::text(&elsewhere::as_json()?))
 }
 
+/// For explain_rotation().
+#[pg_extern(sql = false)]
+fn rotation_forecast(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let key = super::keys::key_or_default(&call, 0)?;
+        if read::key(&text::to_server(key.as_bytes())?)?.is_none() {
+            return Err(Error::unknown_key(key));
+        }
+        Reply::text(&forecast::as_json(&key)?)
+    })
+}
+
 /// For views: whether the current user may see a table's re-encryption.
 #[pg_extern(sql = false)]
 fn table_visible(fcinfo: FunctionCallInfo) -> Reply {
@@ -482,6 +587,25 @@ fn table_visible(fcinfo: FunctionCallInfo) -> Reply {
         let visible = super::grants::monitors(user)
             || relation::exists(oid) && relation::is_owned_by(oid, user);
         Ok(Reply::bool(visible))
+    })
+}
+
+/// For rekey.progress: the scan of a proof that the worker of this database makes.
+#[pg_extern(sql = false)]
+fn proof_scan(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        let oid = call.required_oid(0, "table_name")?;
+        let user = session::current_user();
+        let visible = super::grants::monitors(user)
+            || relation::exists(oid) && relation::is_owned_by(oid, user);
+        let scan = shared::scan_in(background::database()).filter(|_| visible);
+        let here = scan.filter(|scan| scan.table == oid.to_u32());
+        let blocks = |count: u32| pg_sys::Datum::from(i64::from(count));
+        Ok(call.record(&mut [
+            scan.map(|scan| pg_sys::Datum::from(scan.since)),
+            here.map(|scan| blocks(scan.done)),
+            here.map(|scan| blocks(scan.blocks)),
+        ]))
     })
 }
 

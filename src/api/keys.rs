@@ -14,7 +14,7 @@ use crate::ffi::{session, text};
 use crate::{guc, lifecycle};
 
 /// A key name that an empty one replaces by the default, as a String.
-fn key_or_default(call: &Call, i: usize) -> Result<String> {
+pub(super) fn key_or_default(call: &Call, i: usize) -> Result<String> {
     let name = call.required_text(i, "key_name")?;
     let name = if name.is_empty() {
         text::to_utf8_string(guc::default_key())?

@@ -217,7 +217,7 @@ impl Begun {
     fn register(&self, oid: Oid, name: &str, into: &str, attnum: i16, context: &str) -> Result<()> {
         let registered = registry::leaf(oid)?.map_or(Vec::new(), |leaf| leaf.columns);
         match registered.iter().find(|column| column.attnum == attnum) {
-            None => register(oid, into, context, false),
+            None => register("register_column", oid, into, context, false, None),
             Some(known) if known.context == context => Ok(()),
             Some(_) => Err(state(
                 format!("column \"{into}\" of {name} is registered with another context"),

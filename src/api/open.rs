@@ -4,14 +4,14 @@ use std::borrow::Cow;
 
 use pgrx::pg_sys::FunctionCallInfo;
 use pgrx::prelude::*;
-use rekey_core::envelope::{Envelope, Kind, split_typed};
+use rekey_core::envelope::{Envelope, Kind};
 
 use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
 use crate::ffi::hooks;
 use crate::ffi::text;
 use crate::sealing::open;
-use crate::typed::{Target, hex};
+use crate::typed::{Target, text_form};
 
 #[pg_extern(sql = false)]
 fn decrypt_col(fcinfo: FunctionCallInfo) -> Reply {
@@ -49,16 +49,7 @@ fn open_as_text(bytes: &[u8], context: Option<&[u8]>) -> Result<pg_sys::Datum> {
     let context = utf8_context(context)?;
     let envelope = Envelope::parse(bytes)?;
     // A text value is decrypted where the caller will read it.
-    let mut value = open(&envelope, &context)?;
-    match envelope.header.kind {
-        Kind::Text if text::server_is_utf8() => Ok(value.finish()),
-        Kind::Text => text::bytes_datum(&text::to_server(value.data())?),
-        Kind::Bytea => text::bytes_datum(&hex(value.data())),
-        Kind::Typed => {
-            let (_, form) = split_typed(value.data())?;
-            text::bytes_datum(&text::to_server(form)?)
-        }
-    }
+    text_form(envelope.header.kind, open(&envelope, &context)?)
 }
 
 fn open_as_type(call: &Call, bytes: &[u8]) -> Result<Reply> {

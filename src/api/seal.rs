@@ -52,14 +52,11 @@ fn encrypt_col_anyelement(fcinfo: FunctionCallInfo) -> Reply {
     })
 }
 
-/// Seals prefix and body, in UTF-8 where they are text, with the call's key name and context.
+/// The key name of the call, its second argument; an empty one is the default.
 #[inline]
-fn seal(call: &Call, kind: Kind, prefix: &[u8], body: &[u8]) -> Result<Reply> {
+pub(super) fn key_name(call: &Call) -> Result<&[u8]> {
     let Some(name) = call.bytes(1) else {
         return Err(Error::NullArgument("key_name"));
-    };
-    let Some(context) = call.bytes(2) else {
-        return Err(Error::NullArgument("context"));
     };
     let key = if name.is_empty() {
         guc::default_key()
@@ -69,6 +66,16 @@ fn seal(call: &Call, kind: Kind, prefix: &[u8], body: &[u8]) -> Result<Reply> {
     if key.is_empty() {
         return Err(Error::NoDefaultKey);
     }
+    Ok(key)
+}
+
+/// Seals prefix and body, in UTF-8 where they are text, with the call's key name and context.
+#[inline]
+fn seal(call: &Call, kind: Kind, prefix: &[u8], body: &[u8]) -> Result<Reply> {
+    let key = key_name(call)?;
+    let Some(context) = call.bytes(2) else {
+        return Err(Error::NullArgument("context"));
+    };
     let context: Cow<'_, [u8]> = text::to_utf8(context)?;
     sealing::seal(key, &context, kind, prefix, body).map(Reply::datum)
 }

@@ -75,7 +75,7 @@ fn prove_again(slot: &SlotRow, destroy: bool) -> Result<()> {
         .first()
         .map(|trouble| format!("{}: {}", trouble.table, trouble.what));
     if why.is_none() {
-        why = ending::may_go(slot, &leaves, destroy)?;
+        why = ending::may_go(slot, &leaves, destroy, None)?;
     }
     match why {
         None => Ok(()),

@@ -4,6 +4,8 @@
 //! but the slot of an envelope changes: same key, kind, payload and context. What does not open is
 //! left as it is: the trigger never fails an UPDATE because of a value, and the worker reports it.
 
+use std::collections::BTreeSet;
+
 use pgrx::pg_sys::{self, FunctionCallInfo, Oid};
 use pgrx::prelude::*;
 
@@ -100,7 +102,7 @@ fn enable_touch(fcinfo: FunctionCallInfo) -> Reply {
                 ));
             }
         }
-        install(oid, &leaf, refuse_closed)?;
+        install(oid, leaf, refuse_closed)?;
         let how = if refuse_closed { ", refuse_closed" } else { "" };
         Audit::act("enable_touch", None, &format!("{name}{how}")).record()?;
         Ok(Reply::void())
@@ -127,26 +129,45 @@ fn disable_touch(fcinfo: FunctionCallInfo) -> Reply {
     })
 }
 
-fn install(oid: Oid, leaf: &registry::Leaf, refuse_closed: bool) -> Result<()> {
-    // Under the names that the columns have in this table.
-    let names: Vec<String> = leaf
-        .columns
-        .iter()
-        .filter_map(|column| relation::column_name(oid, column.attnum))
-        .collect();
+/// One condition serves a partitioned table and its partitions: it also asks for what is
+/// registered for some of them alone. The trigger itself goes by the partition's own columns.
+fn install(oid: Oid, leaf: registry::Leaf, refuse_closed: bool) -> Result<()> {
+    let mut names = BTreeSet::new();
+    let mut add = |leaf: registry::Leaf| {
+        // Under the names of now, which a partition shares with the table above it.
+        let columns = leaf.columns.into_iter();
+        names.extend(columns.filter_map(|c| relation::column_name(leaf.table, c.attnum)));
+    };
+    add(leaf);
+    for partition in relation::leaves(oid) {
+        registry::leaf(partition)?.into_iter().for_each(&mut add);
+    }
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     touch::install(oid, &names, refuse_closed)
 }
 
 /// After a change of a table's registered columns: its trigger, if it has one, asks for those.
+/// A trigger that comes from a table above is that table's, and follows for its owner only.
 pub(super) fn follow(oid: Oid) -> Result<()> {
-    match touch::installed(oid)? {
-        Some(trigger) if trigger.ours && !trigger.inherited => match registry::leaf(oid)? {
-            Some(leaf) => install(oid, &leaf, trigger.refuse_closed),
+    let Some(trigger) = touch::installed(oid)?.filter(|trigger| trigger.ours) else {
+        return Ok(());
+    };
+    if !trigger.inherited {
+        return match registry::leaf(oid)? {
+            Some(leaf) => install(oid, leaf, trigger.refuse_closed),
             None => touch::remove(oid),
-        },
-        _ => Ok(()),
+        };
     }
+    for above in relation::ancestors(oid) {
+        let own = touch::installed(above)?.is_some_and(|t| t.ours && !t.inherited);
+        if own
+            && relation::is_owned_by(above, session::current_user())
+            && let Some(leaf) = registry::leaf(above)?
+        {
+            return install(above, leaf, trigger.refuse_closed);
+        }
+    }
+    Ok(())
 }
 
 /// What the trigger does with the rows of one statement.

@@ -2,16 +2,19 @@
 //!
 //! `read` scans them under the catalog snapshot (any backend, no privilege asked, no
 //! transaction id); `write` changes them as the extension's owner, with an audit row for each
-//! transition; `roots` does so with root keys; `guard` holds the triggers' decisions. Called by the
-//! cache, the life cycle and the functions of src/api/. Table OIDs are looked up once and again
-//! after any change; so is the catalog's version, which must be one that this library knows.
+//! transition; `roots` does so with root keys; `guard` holds the triggers' decisions; `check` looks
+//! for mistakes. Called by the cache, the life cycle and the functions of src/api/. Table OIDs are
+//! looked up once and again after any change; so is the catalog's version, which must be one that
+//! this library knows.
 
+pub mod check;
 pub mod evidence;
 pub mod guard;
 pub mod live;
 pub mod read;
 pub mod roots;
 pub mod touch;
+pub mod views;
 pub mod work;
 pub mod write;
 

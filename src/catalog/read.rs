@@ -13,7 +13,7 @@ use rekey_core::keyring::{Privilege, Privileges, SlotState};
 use super::tables;
 use crate::error::{Error, Result};
 use crate::ffi::scan::{Key, Row, Scan};
-use crate::ffi::{scan, session, text};
+use crate::ffi::{scan, session, text, types};
 use crate::registry;
 
 /// A row of rekey.key.
@@ -45,6 +45,8 @@ pub struct SlotRow {
     pub created_at: i64,
     /// When it was disabled or destroyed, as a timestamptz datum.
     pub closed_at: Option<i64>,
+    /// When it last became active, as a timestamptz datum.
+    pub activated_at: Option<i64>,
     /// When a rotation took its place, as a timestamptz datum.
     pub superseded_at: Option<i64>,
     /// Whether it was reported compromised.
@@ -55,6 +57,19 @@ pub struct SlotRow {
     pub made_here: bool,
     /// Transaction that wrote this version of the row.
     pub written_by: pg_sys::TransactionId,
+}
+
+impl SlotRow {
+    /// 55000 for a slot that is disabled or destroyed.
+    pub fn refuse_closed(&self) -> Result<()> {
+        if self.state.opens() {
+            return Ok(());
+        }
+        let when = self
+            .closed_at
+            .map_or_else(String::new, types::timestamp_text);
+        Err(Error::SlotClosed(self.id, self.state, when))
+    }
 }
 
 /// A row of rekey.root_key.
@@ -112,13 +127,13 @@ pub fn slots_of(name: &[u8]) -> Result<Vec<SlotRow>> {
     Ok(slots)
 }
 
-/// The names of the keys that seal, not shredded.
-pub fn sealing_keys() -> Result<std::collections::HashSet<String>> {
+/// The names of the keys that are not shredded.
+pub fn living_keys() -> Result<std::collections::HashSet<String>> {
     let find = || tables().map(|t| (t.key, pg_sys::InvalidOid));
     let mut scan = Scan::open(find, &[], &[])?;
     let mut names = std::collections::HashSet::new();
     while let Some(row) = scan.next_row() {
-        if row.bytes(2) == b"seal" && row.datum(10).is_none() {
+        if row.datum(10).is_none() {
             names.insert(text::to_utf8_string(&row.bytes(1))?);
         }
     }
@@ -217,12 +232,29 @@ pub struct RegisteredRow {
     pub fire_triggers: bool,
     /// Number of the column in the stamped table.
     pub attnum: i16,
-    /// Table for which the number counts: see src/registry.rs.
+    /// Table for which the numbers count: see src/registry.rs.
     pub stamp: String,
+    /// What makes a column of fingerprints of it; None for one of envelopes.
+    pub fingerprint: Option<FingerprintRow>,
 }
 
-/// The columns of rekey.registered_column that depend on the table's numbers: attnum and stamp.
-pub const STAMP: (i16, i16) = (5, 6);
+/// The part of a row of rekey.registered_column that is about fingerprints.
+pub struct FingerprintRow {
+    /// Name of the sealed column beside it when it was registered.
+    pub sealed_column: String,
+    /// Its number in the stamped table.
+    pub sealed_attnum: i16,
+    /// Lookup key.
+    pub key: String,
+    /// Key of the sealed values.
+    pub sealed_key: String,
+    /// Expression over the value; empty for the value as it is.
+    pub normalise: String,
+}
+
+/// The columns of rekey.registered_column that depend on the table's numbers: attnum, stamp and
+/// sealed_attnum.
+pub const STAMP: (i16, i16, i16) = (5, 6, 10);
 
 /// All registered columns.
 pub fn registered_columns() -> Result<Vec<RegisteredRow>> {
@@ -237,13 +269,27 @@ pub fn registered_columns() -> Result<Vec<RegisteredRow>> {
 
 /// A row of rekey.registered_column, given the datum of each of its columns.
 pub fn registered_row(datum: impl Fn(i16) -> Option<pg_sys::Datum>) -> Result<RegisteredRow> {
+    let words = |attribute| words(datum(attribute));
+    let sealed_column = words(9)?;
+    let fingerprint = if sealed_column.is_empty() {
+        None
+    } else {
+        Some(FingerprintRow {
+            sealed_column,
+            sealed_attnum: small(datum(STAMP.2)),
+            key: words(11)?,
+            sealed_key: words(12)?,
+            normalise: words(13)?,
+        })
+    };
     Ok(RegisteredRow {
         table: oid(datum(1)),
-        column: words(datum(2))?,
-        context: words(datum(3))?,
+        column: words(2)?,
+        context: words(3)?,
         fire_triggers: datum(4).is_some_and(|d| d.value() & 0xff != 0),
         attnum: small(datum(STAMP.0)),
-        stamp: words(datum(STAMP.1))?,
+        stamp: words(STAMP.1)?,
+        fingerprint,
     })
 }
 
@@ -265,7 +311,8 @@ pub struct LiveRow {
 }
 
 impl LiveRow {
-    /// The present number, in the row's own table, of the column that is read; None when it is gone.
+    /// The present number, in the row's own table, of the column that is read; None when it is
+    /// gone.
     pub fn read_attnum(&self) -> Option<i16> {
         registry::place(self.table, &self.column.0, self.column.1, &self.stamp)
     }
@@ -371,6 +418,7 @@ fn slot_row(row: &Row<'_>) -> Result<SlotRow> {
         check_value: row.bytes(5),
         created_at: row.i64(6),
         closed_at: timestamp(11).or_else(|| timestamp(10)),
+        activated_at: timestamp(7),
         superseded_at: timestamp(8),
         compromised: row.datum(12).is_some(),
         proved: row.datum(14).is_some(),

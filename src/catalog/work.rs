@@ -9,7 +9,8 @@ use pgrx::pg_sys::{Datum, Oid};
 use rekey_core::envelope::{CIPHERTEXT_AT, SlotId};
 
 use crate::error::{Error, Result};
-use crate::ffi::sql::{Arg, bigint, rows, run, text};
+use crate::ffi::session;
+use crate::ffi::sql::{Arg, bigint, look, rows, run, text};
 use crate::ffi::table::Tid;
 use crate::stale::Head;
 
@@ -78,8 +79,8 @@ pub fn begin_pass(book: Book, table: Oid, pass: &Pass) -> Result<()> {
              VALUES ($1::oid::regclass, $2, $3, $4, $5, $5) \
              ON CONFLICT (table_name) DO UPDATE SET file_node = $2, wave = $3, cursor_block = $4, \
                  blocks_left = $5, blocks_total = $5, rows_scanned = 0, rows_rewritten = 0, \
-                 rows_skipped = 0, phase = DEFAULT, note = '', started_at = clock_timestamp(), \
-                 updated_at = clock_timestamp()",
+                 rows_skipped = 0, rows_unlisted = 0, phase = DEFAULT, note = '', \
+                 started_at = clock_timestamp(), updated_at = clock_timestamp()",
             book.table()
         ),
         &[
@@ -102,6 +103,8 @@ pub struct Done {
     pub rewritten: i64,
     /// Rows that somebody else had.
     pub skipped: i64,
+    /// Rows that failed and that the quarantine has no room for.
+    pub unlisted: i64,
 }
 
 /// Moves the cursor behind a batch.
@@ -110,8 +113,8 @@ pub fn advance(book: Book, table: Oid, cursor: u32, left: u32, done: &Done) -> R
         &format!(
             "UPDATE {} SET cursor_block = $2, blocks_left = $3, \
                  rows_scanned = rows_scanned + $4, rows_rewritten = rows_rewritten + $5, \
-                 rows_skipped = rows_skipped + $6, phase = DEFAULT, note = '', \
-                 updated_at = clock_timestamp() \
+                 rows_skipped = rows_skipped + $6, rows_unlisted = rows_unlisted + $7, \
+                 phase = DEFAULT, note = '', updated_at = clock_timestamp() \
              WHERE table_name = $1::oid::regclass",
             book.table()
         ),
@@ -122,6 +125,7 @@ pub fn advance(book: Book, table: Oid, cursor: u32, left: u32, done: &Done) -> R
             Arg::Bigint(done.scanned),
             Arg::Bigint(done.rewritten),
             Arg::Bigint(done.skipped),
+            Arg::Bigint(done.unlisted),
         ],
     )
     .map(|_| ())
@@ -145,6 +149,18 @@ pub fn note_in(book: Book, table: Oid, phase: &str, note: &str) -> Result<()> {
         &[Arg::Oid(table), Arg::Text(phase), Arg::Text(note)],
     )
     .map(|_| ())
+}
+
+/// Says what work on a table waits for, whatever kind of pass it is; table 0 is all of them.
+pub fn put_off(table: Oid, why: &str) -> Result<()> {
+    note_in(Book::Rotation, table, "", why)?;
+    note_in(Book::Backfill, table, "", why)
+}
+
+/// The passes that served `from` serve `to` as well: slots of it are left, others are drained.
+pub fn rename_wave(from: &str, to: &str) -> Result<()> {
+    let sql = "UPDATE rekey.progress_state SET wave = $2 WHERE wave = $1";
+    run(sql, &[Arg::Text(from), Arg::Text(to)]).map(|_| ())
 }
 
 /// Forgets tables that are gone or not registered any more.
@@ -239,15 +255,16 @@ pub struct Failure {
     pub heads: Vec<Head>,
 }
 
-/// At most so many rows of one table are listed; those beyond block the proof all the same.
+/// At most so many rows of one table are listed; those beyond are counted, and block the proof all
+/// the same.
 const LISTED: i64 = 1000;
 
-/// Lists a failed row, or counts one more try of it. The row is known by the heads of its
-/// envelopes, which no other value has: a dismissal never excuses another row that has come to lie
-/// in its place, and follows its own wherever it moves.
-pub fn quarantine(table: Oid, failure: &Failure) -> Result<()> {
+/// Lists a failed row, or counts one more try of it; false when there is no room for it. The row is
+/// known by the heads of its envelopes, which no other value has: a dismissal never excuses another
+/// row that has come to lie in its place, and follows its own wherever it moves.
+pub fn quarantine(table: Oid, failure: &Failure) -> Result<bool> {
     if failure.heads.is_empty() {
-        return Ok(()); // the row has changed meanwhile
+        return Ok(true); // the row has changed meanwhile
     }
     run(
         "INSERT INTO rekey.quarantine AS q \
@@ -271,6 +288,19 @@ pub fn quarantine(table: Oid, failure: &Failure) -> Result<()> {
             Arg::Bigint(LISTED),
             Arg::Bytea(&failure.heads.concat()),
         ],
+    )
+    .map(|listed| listed > 0)
+}
+
+/// A proof has found rows that are tried again now: when the quarantine has been emptied, they are
+/// those that it had no room for.
+pub fn count_unlisted_again(table: Oid) -> Result<()> {
+    run(
+        "UPDATE rekey.progress_state p SET rows_unlisted = 0 \
+          WHERE table_name = $1::oid::regclass AND rows_unlisted > 0 \
+            AND NOT EXISTS (SELECT FROM rekey.quarantine q \
+                 WHERE q.table_name = p.table_name AND q.dismissed_at IS NULL)",
+        &[Arg::Oid(table)],
     )
     .map(|_| ())
 }
@@ -308,13 +338,13 @@ pub fn forget_places(table: Oid) -> Result<()> {
     run(sql, &[Arg::Oid(table)]).map(|_| ())
 }
 
-/// The envelopes of a table that somebody has decided to do without.
-pub fn dismissed(table: Oid) -> Result<HashSet<Head>> {
+/// The envelopes of a table that are under quarantine, or that somebody has decided to do without.
+pub fn heads(table: Oid, dismissed: bool) -> Result<HashSet<Head>> {
     let found = rows(
         "SELECT encode(substr(heads, 1 + 34 * i, 34), 'hex') FROM rekey.quarantine, \
                 generate_series(0, octet_length(heads) / 34 - 1) AS i \
-          WHERE table_name = $1::oid::regclass AND dismissed_at IS NOT NULL",
-        &[Arg::Oid(table)],
+          WHERE table_name = $1::oid::regclass AND (dismissed_at IS NOT NULL) = $2",
+        &[Arg::Oid(table), Arg::Bool(Some(dismissed))],
     )?;
     let head = |row: &Vec<Option<String>>| {
         let hex = row[0].as_deref()?;
@@ -381,6 +411,21 @@ pub fn proof(slot: SlotId) -> Result<Option<Proof>> {
     }))
 }
 
+/// Drained slots whose proof another server or database has made.
+pub fn proved_elsewhere((system, database): (u64, u32)) -> Result<Vec<i64>> {
+    let found = rows(
+        "SELECT slot_id::text FROM rekey.key_slot \
+          WHERE state = 'drained' AND (proof->>'system_identifier', proof->>'database') \
+                IS DISTINCT FROM ($1, $2) ORDER BY slot_id",
+        &[
+            Arg::Text(&system.to_string()),
+            Arg::Text(&database.to_string()),
+        ],
+    )?;
+    let id = |row: &Vec<Option<String>>| row[0].as_deref().and_then(|id| id.parse().ok());
+    Ok(found.iter().filter_map(id).collect())
+}
+
 /// When a superseded slot's grace ends, in words; None when it is past.
 pub fn grace_left(slot: SlotId) -> Result<Option<String>> {
     text(
@@ -430,6 +475,35 @@ pub fn rotations_due() -> Result<(Vec<String>, i64)> {
     ))
 }
 
+/// The keys like `pattern` whose active slot was activated before a timestamptz datum and that `user`
+/// may rotate, the oldest first and at most `most` of them, each with that slot; and how many there
+/// are in all.
+pub fn keys_older(
+    than: Datum,
+    most: i64,
+    pattern: &str,
+    user: Oid,
+) -> Result<(Vec<(String, i64)>, i64)> {
+    let role = (!session::is_superuser(user)).then(|| session::role_name(user));
+    let found = rows(
+        "SELECT k.key_name, s.slot_id::text, (count(*) OVER ())::text \
+           FROM rekey.key k JOIN rekey.key_slot s USING (key_name) \
+          WHERE s.state = 'active' AND k.shredded_at IS NULL AND s.activated_at < $1 \
+            AND k.key_name LIKE $3 \
+            AND ($4 IS NULL OR rekey.has_key_privilege($4, k.key_name, 'rotate')) \
+          ORDER BY s.activated_at, k.key_name LIMIT $2",
+        &[
+            Arg::Timestamp(Some(than)),
+            Arg::Bigint(most),
+            Arg::Text(pattern),
+            Arg::OptionalText(role.as_deref()),
+        ],
+    )?;
+    let in_all = found.first().map_or(0, |row| number(&row[2]));
+    let key = |row: &Vec<Option<String>>| (row[0].clone().unwrap_or_default(), number(&row[1]));
+    Ok((found.iter().map(key).collect(), in_all))
+}
+
 /// When something next comes due in this database, in seconds from now: a rotation by age, the
 /// end of a grace, a retry, the end of a pause. None: never.
 pub fn next_due() -> Result<Option<i64>> {
@@ -450,10 +524,45 @@ pub fn next_due() -> Result<Option<i64>> {
     )
 }
 
+/// The transactions of this database, but for this one, that have an id. Out of the lock table: a
+/// session's view of the activity may be an earlier one.
+const WRITERS: &str = "\
+    SELECT l.transactionid::text AS xid, coalesce('pid ' || l.pid, \
+               'prepared transaction ' || quote_literal(p.gid)) AS who \
+      FROM pg_catalog.pg_locks l \
+      LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid \
+      LEFT JOIN pg_catalog.pg_prepared_xacts p \
+             ON p.transaction = l.transactionid AND l.pid IS NULL \
+     WHERE l.locktype = 'transactionid' AND l.mode = 'ExclusiveLock' AND l.granted \
+       AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid() \
+       AND (l.pid IS NULL OR a.datname IS NULL OR a.datname = current_database()) \
+       AND (l.pid IS NOT NULL OR p.database = current_database())";
+
+/// Every transaction of this database that has written something by now.
+pub fn writers() -> Result<Vec<String>> {
+    run("SELECT pg_catalog.pg_stat_clear_snapshot()", &[])?;
+    let found = rows(&format!("SELECT xid FROM ({WRITERS}) AS w"), &[])?;
+    Ok(found
+        .into_iter()
+        .filter_map(|mut row| row[0].take())
+        .collect())
+}
+
+/// Those of them that have not ended, as people name them; None: none.
+pub fn name_writers(writers: &[String]) -> Result<Option<String>> {
+    text(
+        &format!(
+            "SELECT string_agg(DISTINCT who, ', ') FROM ({WRITERS}) AS w \
+              WHERE xid = ANY ($1::text[])"
+        ),
+        &[Arg::Text(&format!("{{{}}}", writers.join(",")))],
+    )
+}
+
 /// The sessions and prepared transactions behind virtual transactions, as people name them.
 pub fn name_holders(virtual_transactions: &[String], prepared: &[u32]) -> Result<String> {
     let list = |items: Vec<String>| format!("{{{}}}", items.join(","));
-    let named = text(
+    let named = look(
         "SELECT string_agg(DISTINCT who, ', ') FROM ( \
             SELECT 'pid ' || pid AS who FROM pg_catalog.pg_locks \
              WHERE locktype = 'virtualxid' AND virtualxid = ANY ($1::text[]) AND granted \
@@ -470,5 +579,9 @@ pub fn name_holders(virtual_transactions: &[String], prepared: &[u32]) -> Result
             Arg::Text(&list(prepared.iter().map(u32::to_string).collect())),
         ],
     )?;
+    let named = named
+        .into_iter()
+        .next()
+        .and_then(|row| row.into_iter().next().flatten());
     Ok(named.unwrap_or_else(|| "a transaction that is about to end".to_string()))
 }

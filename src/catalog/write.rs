@@ -5,6 +5,8 @@
 //! the same transaction and one server log line, which begins "pg_rekey audit:", for each
 //! transition. The line is written when the act is done; its xid tells whether it committed.
 
+use std::collections::HashSet;
+
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 use rekey_core::cipher::RootId;
 use rekey_core::envelope::SlotId;
@@ -52,22 +54,40 @@ impl<'a> Audit<'a> {
 
     /// Writes the audit row and the log line.
     pub fn record(&self) -> Result<()> {
+        Audit::record_all(std::slice::from_ref(self))
+    }
+
+    /// Writes an audit row and a log line for each of several acts.
+    pub fn record_all(acts: &[Audit<'a>]) -> Result<()> {
         let actor = actor();
+        let texts = |of: fn(&Audit<'a>) -> &'a str| acts.iter().map(of).collect::<Vec<_>>();
+        let slot = |act: &Audit<'_>| act.slot.map_or(0, SlotId::as_i64);
         let xid = bigint(
-            "INSERT INTO rekey.audit_log \
+            "WITH written AS (INSERT INTO rekey.audit_log \
                  (action, key_name, slot_id, from_state, to_state, actor, detail) \
-             VALUES ($1, $2, NULLIF($3, 0), $4, $5, $6, $7) \
-             RETURNING xid::text::bigint",
+             SELECT a.action, nullif(a.key_name, ''), nullif(a.slot_id, 0), \
+                    nullif(a.from_state, ''), nullif(a.to_state, ''), $7, a.detail \
+               FROM unnest($1, $2, $3, $4, $5, $6) \
+                    AS a (action, key_name, slot_id, from_state, to_state, detail) \
+             RETURNING xid) \
+             SELECT max(xid::text::bigint) FROM written",
             &[
-                Arg::Text(self.action),
-                Arg::OptionalText(self.key),
-                Arg::Bigint(self.slot.map_or(0, SlotId::as_i64)),
-                Arg::OptionalText(self.from.map(SlotState::name)),
-                Arg::OptionalText(self.to.map(SlotState::name)),
+                Arg::Texts(&texts(|act| act.action)),
+                Arg::Texts(&texts(|act| act.key.unwrap_or_default())),
+                Arg::Bigints(&acts.iter().map(slot).collect::<Vec<_>>()),
+                Arg::Texts(&texts(|act| act.from.map_or("", SlotState::name))),
+                Arg::Texts(&texts(|act| act.to.map_or("", SlotState::name))),
+                Arg::Texts(&texts(|act| act.detail)),
                 Arg::Text(&actor),
-                Arg::Text(self.detail),
             ],
         )?;
+        for act in acts {
+            act.log(&actor, xid.unwrap_or(0));
+        }
+        Ok(())
+    }
+
+    fn log(&self, actor: &str, xid: i64) {
         let quoted = |name: &str| {
             let plain = name.replace('"', "\"\"");
             let escape = |c: char| {
@@ -92,13 +112,12 @@ impl<'a> Audit<'a> {
         if let Some(to) = self.to {
             line += &format!(" to={to}");
         }
-        line += &format!(" actor=\"{}\" xid={}", quoted(&actor), xid.unwrap_or(0));
+        line += &format!(" actor=\"{}\" xid={xid}", quoted(actor));
         pgrx::ereport!(
             PgLogLevel::LOG,
             PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION,
             text::message(line)
         );
-        Ok(())
     }
 }
 
@@ -108,6 +127,20 @@ impl<'a> Audit<'a> {
 pub fn lock_key(name: &str) -> Result<bool> {
     let sql = "UPDATE rekey.key SET comment = comment WHERE key_name = $1 RETURNING 1::bigint";
     Ok(bigint(sql, &[Arg::Text(name)])?.is_some())
+}
+
+/// The same for many keys; returns those that are there and not shredded. In the order of their
+/// names, so that two sessions do not wait for each other.
+pub fn lock_keys(names: &[&str]) -> Result<HashSet<String>> {
+    let locked = rows(
+        "WITH locked AS MATERIALIZED (SELECT key_name FROM rekey.key \
+              WHERE key_name = ANY ($1) AND shredded_at IS NULL ORDER BY key_name FOR UPDATE) \
+         UPDATE rekey.key k SET comment = k.comment FROM locked l \
+          WHERE k.key_name = l.key_name RETURNING k.key_name",
+        &[Arg::Texts(names)],
+    )?;
+    let name = |row: Vec<Option<String>>| row.into_iter().next().flatten();
+    Ok(locked.into_iter().filter_map(name).collect())
 }
 
 /// A new key's policy.
@@ -204,33 +237,91 @@ pub fn delete_key(name: &str) -> Result<()> {
     .map(|_| ())
 }
 
-/// Inserts a slot with its wrapped keys. The version goes on from the highest that the name had.
-pub fn insert_slot(
-    id: SlotId,
-    key: &str,
-    state: SlotState,
-    check_value: &[u8],
-    reason: &str,
-    wraps: &[(RootId, [u8; 73])],
-) -> Result<()> {
+/// Inserts keys with the policy of another one, owned by `owner` and with the other's grants but for
+/// its owners; returns the names of those that are new. In the order of their names, so that two
+/// sessions that create the same ones do not wait for each other.
+pub fn insert_keys_like(names: &[&str], like: &str, owner: pg_sys::Oid) -> Result<Vec<String>> {
+    let inserted = rows(
+        "INSERT INTO rekey.key \
+             (key_name, purpose, grace, max_age, after_drain, require_context, custodian) \
+         SELECT n.name, k.purpose, k.grace, k.max_age, k.after_drain, k.require_context, \
+                k.custodian \
+           FROM rekey.key k, unnest($1) AS n (name) WHERE k.key_name = $2 \
+          ORDER BY n.name COLLATE \"C\" ON CONFLICT DO NOTHING RETURNING key_name",
+        &[Arg::Texts(names), Arg::Text(like)],
+    )?;
+    let created: Vec<String> = inserted
+        .into_iter()
+        .filter_map(|row| row.into_iter().next().flatten())
+        .collect();
+    let new: Vec<&str> = created.iter().map(String::as_str).collect();
+    run(
+        "DELETE FROM rekey.key_grant WHERE key_name = ANY ($1)",
+        &[Arg::Texts(&new)],
+    )?;
+    run(
+        "INSERT INTO rekey.key_grant (key_name, grantee, privilege) \
+         SELECT n.name, g.grantee, g.privilege \
+           FROM (SELECT grantee, privilege FROM rekey.key_grant \
+                  WHERE key_name = $2 AND privilege <> 'owner' \
+                    AND (grantee::oid = '0'::oid \
+                         OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = grantee)) \
+                 UNION ALL SELECT $3::oid::regrole, 'owner') AS g, \
+                unnest($1) AS n (name)",
+        &[Arg::Texts(&new), Arg::Text(like), Arg::Oid(owner)],
+    )?;
+    Ok(created)
+}
+
+/// A slot to be inserted.
+pub struct NewSlotRow<'a> {
+    /// Slot id.
+    pub id: SlotId,
+    /// Its key.
+    pub key: &'a str,
+    /// HMAC that proves the DEK.
+    pub check_value: &'a [u8],
+    /// Its wrapped keys.
+    pub wraps: &'a [(RootId, [u8; 73])],
+}
+
+/// Inserts slots of different keys with their wrapped keys. The version of each goes on from the
+/// highest that its key's name had.
+pub fn insert_slots(slots: &[NewSlotRow<'_>], state: SlotState, reason: &str) -> Result<()> {
     run(
         "INSERT INTO rekey.key_slot \
              (slot_id, key_name, version, state, check_value, activated_at, reason) \
-         SELECT $1, $2, coalesce(max(s.version), 0) + 1, $3, $4, \
-             CASE WHEN $3 = 'active' THEN clock_timestamp() END, $5 \
-         FROM rekey.key_slot s WHERE s.key_name = $2",
+         SELECT n.slot_id, n.key_name, \
+                (SELECT coalesce(max(s.version), 0) + 1 FROM rekey.key_slot s \
+                  WHERE s.key_name = n.key_name), \
+                $4, n.check_value, CASE WHEN $4 = 'active' THEN clock_timestamp() END, $5 \
+           FROM unnest($1, $2, $3) AS n (slot_id, key_name, check_value)",
         &[
-            Arg::Bigint(id.as_i64()),
-            Arg::Text(key),
+            Arg::Bigints(&slots.iter().map(|s| s.id.as_i64()).collect::<Vec<_>>()),
+            Arg::Texts(&slots.iter().map(|s| s.key).collect::<Vec<_>>()),
+            Arg::Byteas(&slots.iter().map(|s| s.check_value).collect::<Vec<_>>()),
             Arg::Text(state.name()),
-            Arg::Bytea(check_value),
             Arg::Text(reason),
         ],
     )?;
-    for (root, wrapped) in wraps {
-        insert_wrap(id, *root, wrapped)?;
+    let (mut ids, mut roots, mut wrapped) = (Vec::new(), Vec::new(), Vec::new());
+    for slot in slots {
+        for (root, wrap) in slot.wraps {
+            ids.push(slot.id.as_i64());
+            roots.push(&root.as_bytes()[..]);
+            wrapped.push(&wrap[..]);
+        }
     }
-    Ok(())
+    run(
+        "INSERT INTO rekey.slot_wrap (slot_id, root_id, wrapped_key) \
+         SELECT * FROM unnest($1, $2, $3)",
+        &[
+            Arg::Bigints(&ids),
+            Arg::Byteas(&roots),
+            Arg::Byteas(&wrapped),
+        ],
+    )
+    .map(|_| ())
 }
 
 /// Inserts a key that comes from another database, with the policy of new keys otherwise; false
@@ -268,14 +359,13 @@ pub struct ImportedSlot<'a> {
 
 /// Inserts an imported slot. Its version is the next one of the key's name.
 pub fn insert_imported_slot(slot: &ImportedSlot<'_>, key: &str) -> Result<()> {
-    insert_slot(
-        slot.id,
+    let row = NewSlotRow {
+        id: slot.id,
         key,
-        slot.state,
-        slot.check_value,
-        "imported",
-        &slot.wraps,
-    )?;
+        check_value: slot.check_value,
+        wraps: &slot.wraps,
+    };
+    insert_slots(&[row], slot.state, "imported")?;
     run(
         "UPDATE rekey.key_slot SET \
              superseded_at = CASE WHEN state IN ('previous', 'disabled') THEN created_at END, \
@@ -304,6 +394,9 @@ pub fn insert_wrap(id: SlotId, root: RootId, wrapped: &[u8]) -> Result<()> {
     .map(|_| ())
 }
 
+/// The stamps of a slot whose place another one has taken.
+const SUPERSEDED: &str = "superseded_at = clock_timestamp(), drained_at = NULL, proof = NULL";
+
 /// Moves a slot to another state, stamps it, and records the transition.
 ///
 /// The row changes only if its state is still the one that the caller saw. `lock_key` makes any
@@ -324,9 +417,7 @@ pub fn transition(slot: &SlotRow, to: SlotState, action: &str, reason: &str) -> 
             "activated_at = clock_timestamp(), superseded_at = NULL, drained_at = NULL, \
              disabled_at = NULL, proof = NULL"
         }
-        SlotState::Previous if slot.state == SlotState::Active => {
-            "superseded_at = clock_timestamp(), drained_at = NULL, proof = NULL"
-        }
+        SlotState::Previous if slot.state == SlotState::Active => SUPERSEDED,
         SlotState::Previous if slot.state == SlotState::Destroyed => {
             "superseded_at = coalesce(superseded_at, clock_timestamp()), disabled_at = NULL, \
              drained_at = NULL, destroyed_at = NULL, proof = NULL"
@@ -376,6 +467,34 @@ pub fn transition(slot: &SlotRow, to: SlotState, action: &str, reason: &str) -> 
         detail: reason,
     }
     .record()
+}
+
+/// Makes active slots, whose keys are locked, previous, and records it.
+pub fn supersede(slots: &[SlotRow], action: &str) -> Result<()> {
+    let ids: Vec<i64> = slots.iter().map(|slot| slot.id.as_i64()).collect();
+    let sql = format!(
+        "UPDATE rekey.key_slot SET state = 'previous', {SUPERSEDED} \
+          WHERE slot_id = ANY ($1) AND state = 'active'"
+    );
+    if run(&sql, &[Arg::Bigints(&ids)])? != slots.len() {
+        return Err(Error::State(
+            "slots have changed meanwhile".to_string(),
+            format!("{} slots were active when the action began.", slots.len()),
+            "Look at rekey.slots and try again.".to_string(),
+        ));
+    }
+    let acts: Vec<Audit<'_>> = slots
+        .iter()
+        .map(|slot| Audit {
+            action,
+            key: Some(&slot.key_name),
+            slot: Some(slot.id),
+            from: Some(SlotState::Active),
+            to: Some(SlotState::Previous),
+            detail: "",
+        })
+        .collect();
+    Audit::record_all(&acts)
 }
 
 /// Stamps a slot as compromised, which voids its proof, and records it.
@@ -430,14 +549,18 @@ pub struct Registration<'a> {
     pub attnum: i16,
     /// Who registers it.
     pub by: &'a str,
+    /// What makes it a column of fingerprints.
+    pub fingerprint: Option<&'a read::FingerprintRow>,
 }
 
 /// Registers a column; false when it is registered already. The stamp comes from a trigger.
 pub fn insert_registration(new: &Registration<'_>) -> Result<bool> {
+    let part = |read: fn(&read::FingerprintRow) -> &str| new.fingerprint.map_or("", read);
     let inserted = bigint(
         "INSERT INTO rekey.registered_column \
-             (table_name, column_name, context, fire_triggers, attnum, stamp, registered_by) \
-         SELECT $1::oid::regclass, $2, $3, $4, $5::smallint, '', $6 \
+             (table_name, column_name, context, fire_triggers, attnum, stamp, registered_by, \
+              sealed_column, sealed_attnum, key_name, sealed_key, normalise) \
+         SELECT $1::oid::regclass, $2, $3, $4, $5::smallint, '', $6, $7, $8::smallint, $9, $10, $11 \
           WHERE NOT EXISTS (SELECT FROM rekey.registered_column r \
               WHERE r.table_name = $1::oid::regclass AND $5 = rekey.registered_attnum( \
                   r.table_name, r.column_name, r.attnum, r.stamp)) \
@@ -449,6 +572,11 @@ pub fn insert_registration(new: &Registration<'_>) -> Result<bool> {
             Arg::Bool(Some(new.fire_triggers)),
             Arg::Bigint(i64::from(new.attnum)),
             Arg::Text(new.by),
+            Arg::Text(part(|of| &of.sealed_column)),
+            Arg::Bigint(new.fingerprint.map_or(0, |of| i64::from(of.sealed_attnum))),
+            Arg::Text(part(|of| &of.key)),
+            Arg::Text(part(|of| &of.sealed_key)),
+            Arg::Text(part(|of| &of.normalise)),
         ],
     )?;
     Ok(inserted.is_some())
@@ -475,12 +603,20 @@ pub fn settle_registrations(table: pg_sys::Oid) -> Result<()> {
     run(
         "UPDATE rekey.registered_column r \
             SET column_name = a.attname::text, attnum = a.attnum, \
-                stamp = rekey.table_stamp(r.table_name) \
-           FROM pg_catalog.pg_attribute a \
-          WHERE r.table_name = $1::oid::regclass AND a.attrelid = $1 AND NOT a.attisdropped \
-            AND a.attnum = rekey.registered_attnum( \
-                    r.table_name, r.column_name, r.attnum, r.stamp) \
-            AND (r.column_name <> a.attname::text OR r.stamp <> rekey.table_stamp(r.table_name)) \
+                stamp = rekey.table_stamp(r.table_name), \
+                sealed_column = coalesce(s.attname::text, f.sealed_column), \
+                sealed_attnum = coalesce(s.attnum, f.sealed_attnum) \
+           FROM rekey.registered_column f \
+           JOIN pg_catalog.pg_attribute a \
+             ON a.attrelid = $1 AND NOT a.attisdropped AND a.attnum = rekey.registered_attnum( \
+                    f.table_name, f.column_name, f.attnum, f.stamp) \
+           LEFT JOIN pg_catalog.pg_attribute s \
+             ON s.attrelid = $1 AND NOT s.attisdropped AND s.attnum = rekey.registered_attnum( \
+                    f.table_name, f.sealed_column, f.sealed_attnum, f.stamp) \
+          WHERE r.table_name = $1::oid::regclass \
+            AND f.table_name = r.table_name AND f.column_name = r.column_name \
+            AND (r.column_name <> a.attname::text OR r.sealed_column <> s.attname::text \
+                 OR r.stamp <> rekey.table_stamp(r.table_name)) \
             AND NOT EXISTS (SELECT FROM rekey.registered_column o \
                   WHERE o.table_name = r.table_name AND o.column_name = a.attname::text \
                     AND o.column_name <> r.column_name)",

@@ -83,6 +83,11 @@ pub fn sleep(time: Option<Duration>) {
         pg_sys::ResetLatch(pg_sys::MyLatch);
     }
     pgrx::check_for_interrupts!();
+    read_settings();
+}
+
+/// Reads the configuration again when told to. Between transactions.
+pub fn read_settings() {
     // SAFETY: a flag that the signal handler sets; read between transactions.
     unsafe {
         if pg_sys::ConfigReloadPending != 0 {

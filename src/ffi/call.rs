@@ -59,6 +59,13 @@ impl Call {
         Ok(i64::from_ne_bytes((datum.value() as u64).to_ne_bytes()))
     }
 
+    /// An integer argument that must not be NULL.
+    pub fn required_i32(&self, i: usize, name: &'static str) -> Result<i32> {
+        let datum = self.datum(i).ok_or(Error::NullArgument(name))?;
+        let bits = u32::try_from(datum.value() & 0xffff_ffff).unwrap_or(0);
+        Ok(bits.cast_signed())
+    }
+
     /// An oid or regclass argument that must not be NULL.
     pub fn required_oid(&self, i: usize, name: &'static str) -> Result<pg_sys::Oid> {
         let datum = self.datum(i).ok_or(Error::NullArgument(name))?;

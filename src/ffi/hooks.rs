@@ -17,6 +17,7 @@ static RESOLVED: AtomicBool = AtomicBool::new(false);
 static RESOLVING: AtomicBool = AtomicBool::new(false);
 static WAKE: AtomicBool = AtomicBool::new(false);
 static NEVER_WAKE: AtomicBool = AtomicBool::new(false);
+static NEW_DATABASE: AtomicU32 = AtomicU32::new(0);
 static SECRET_STATEMENT: AtomicI64 = AtomicI64::new(0);
 
 /// Counts the changes of our catalog, of roles and of memberships that this process has heard
@@ -154,6 +155,11 @@ unsafe extern "C-unwind" fn transaction_event(event: pg_sys::XactEvent::Type, _a
             // SAFETY: a static that is set at connection.
             super::shared::wake(unsafe { pg_sys::MyDatabaseId });
         }
+        // A copy may have been made in the middle of a rotation.
+        let made = NEW_DATABASE.swap(0, Relaxed);
+        if event == XACT_EVENT_COMMIT && made != 0 {
+            super::shared::wake(pg_sys::Oid::from_u32(made));
+        }
     }
 }
 
@@ -205,7 +211,16 @@ unsafe fn withheld(edata: *mut pg_sys::ErrorData) -> *mut std::ffi::c_char {
     unsafe { pg_sys::MemoryContextStrdup((*edata).assoc_context, text.as_ptr()) }
 }
 
-/// Whether the text contains encrypt_col or decrypt_col, in any case.
+/// The functions that are given values, or give them.
+const VERBS: [&[u8]; 5] = [
+    b"encrypt_col",
+    b"decrypt_col",
+    b"fingerprint_col",
+    b"fingerprints",
+    b"verify_fingerprint",
+];
+
+/// Whether the text contains the name of one of those functions, in any case.
 ///
 /// # Safety
 /// `text` is NULL or a valid C string.
@@ -215,8 +230,10 @@ unsafe fn names_a_verb(text: *const std::ffi::c_char) -> bool {
     }
     // SAFETY: promised by the caller.
     let text = unsafe { std::ffi::CStr::from_ptr(text) }.to_bytes();
-    text.windows(11)
-        .any(|w| w.eq_ignore_ascii_case(b"encrypt_col") || w.eq_ignore_ascii_case(b"decrypt_col"))
+    VERBS.iter().any(|verb| {
+        text.windows(verb.len())
+            .any(|w| w.eq_ignore_ascii_case(verb))
+    })
 }
 
 static mut NEXT_OBJECT_ACCESS: pg_sys::object_access_hook_type = None;
@@ -253,7 +270,7 @@ static mut NEXT_UTILITY: pg_sys::ProcessUtility_hook_type = None;
 
 /// Keeps our workers out of the way of commands that need a database for themselves, which
 /// PostgreSQL before 19 cannot do, and wakes them after COMMIT PREPARED, which runs no commit
-/// callback.
+/// callback, and for a new database.
 #[allow(clippy::too_many_arguments, reason = "PostgreSQL's hook")]
 #[pg_guard]
 unsafe extern "C-unwind" fn process_utility(
@@ -299,6 +316,13 @@ unsafe extern "C-unwind" fn process_utility(
                 dest,
                 completion,
             ),
+        }
+        if (*node).type_ == pg_sys::NodeTag::T_CreatedbStmt {
+            // Its row has to be visible here for the look-up.
+            pg_sys::CommandCounterIncrement();
+            let name = (*node.cast::<pg_sys::CreatedbStmt>()).dbname;
+            let made = pg_sys::get_database_oid(name, true);
+            NEW_DATABASE.store(made.to_u32(), Relaxed);
         }
         if (*node).type_ == pg_sys::NodeTag::T_TransactionStmt {
             let kind = (*node.cast::<pg_sys::TransactionStmt>()).kind;

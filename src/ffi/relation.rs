@@ -21,13 +21,6 @@ unsafe extern "C-unwind" {
         lockmode: pg_sys::LOCKMODE,
         numparents: *mut *mut pg_sys::List,
     ) -> *mut pg_sys::List;
-    // src/include/utils/datum.h
-    fn datum_image_eq(
-        one: pg_sys::Datum,
-        other: pg_sys::Datum,
-        by_value: bool,
-        length: std::ffi::c_int,
-    ) -> bool;
     // src/include/catalog/partition.h
     fn get_partition_ancestors(relation: Oid) -> *mut pg_sys::List;
 }
@@ -84,6 +77,19 @@ pub fn column_number(relation: Oid, name: &str) -> Option<i16> {
     (number > 0).then_some(number)
 }
 
+/// The numbers of the live user columns, in order.
+pub fn columns(relation: Oid) -> Vec<i16> {
+    let mut columns = Vec::new();
+    let mut attnum = 1;
+    while let Some(dropped) = attribute(relation, attnum, |_, row| row.attisdropped) {
+        if !dropped {
+            columns.push(attnum);
+        }
+        attnum += 1;
+    }
+    columns
+}
+
 /// The transaction that made a table, as it stands in the catalog; None when there is no table.
 ///
 /// pg_attribute's row of the system column tableoid is written by CREATE TABLE. Nothing rewrites it
@@ -129,20 +135,15 @@ pub fn same_columns(
 ) -> bool {
     let values = |slot| super::table::columns_of(slot, columns);
     let pairs = values(one).into_iter().zip(values(other));
-    columns.iter().zip(pairs).all(|(column, pair)| match pair {
-        (None, None) => true,
-        (Some(one), Some(other)) => {
-            let passed = attribute(relation, *column, |_, row| {
-                (row.attbyval, i32::from(row.attlen))
-            });
-            // SAFETY: values of the column, with its own length and way of passing; may detoast,
-            // hence the guard.
-            passed.is_some_and(|(by_value, length)| unsafe {
-                pg_guard_ffi_boundary(|| datum_image_eq(one, other, by_value, length))
-            })
-        }
-        _ => false,
-    })
+    let types = columns.iter().map(|column| column_type(relation, *column));
+    types
+        .zip(pairs)
+        .all(|(type_oid, (one, other))| super::types::same(type_oid, one, other))
+}
+
+/// pg_attribute.attidentity: a for ALWAYS, d for BY DEFAULT, 0 for no identity column.
+pub fn identity(relation: Oid, attnum: i16) -> u8 {
+    attribute(relation, attnum, |_, row| row.attidentity.to_ne_bytes()[0]).unwrap_or(0)
 }
 
 /// Whether a column is bytea, or a domain over it.

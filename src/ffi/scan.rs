@@ -148,8 +148,16 @@ impl Row<'_> {
     /// The transaction that has written this version of the row.
     pub fn writer(&self) -> pg_sys::TransactionId {
         // SAFETY: the tuple is in memory while the scan is on this row; t_heap is the variant of
-        // every stored tuple.
-        unsafe { (*(*self.tuple).t_data).t_choice.t_heap.t_xmin }
+        // every stored tuple. As HeapTupleHeaderGetXmin does it: the number that a frozen row
+        // keeps may have come round since.
+        unsafe {
+            let header = &*(*self.tuple).t_data;
+            let frozen = u16::try_from(pg_sys::HEAP_XMIN_FROZEN).unwrap_or(0);
+            if header.t_infomask & frozen == frozen {
+                return pg_sys::TransactionId::FROZEN;
+            }
+            header.t_choice.t_heap.t_xmin
+        }
     }
 
     /// Whether the current transaction has written this version of the row.
@@ -216,6 +224,20 @@ pub fn is_our_extension(extension: pg_sys::Oid) -> bool {
     // SAFETY: a catalog look-up that may miss.
     let ours = unsafe { pg_sys::get_extension_oid(c"pg_rekey".as_ptr(), true) };
     extension == ours && ours != pg_sys::InvalidOid
+}
+
+/// The name of a function, if it is one of this extension.
+pub fn verb(function: pg_sys::Oid) -> Option<String> {
+    // SAFETY: catalog look-ups that answer for what is not there.
+    unsafe {
+        let ours = pg_sys::get_extension_oid(c"pg_rekey".as_ptr(), true);
+        let functions = pg_sys::Oid::from(1255); // ProcedureRelationId
+        let name = pg_sys::get_func_name(function);
+        (ours != pg_sys::InvalidOid
+            && !name.is_null()
+            && pg_sys::getExtensionOfObject(functions, function) == ours)
+            .then(|| super::text::c_string(name))
+    }
 }
 
 /// Whether a relation is a member of the extension pg_rekey of this database.

@@ -28,6 +28,21 @@ pub fn statement() -> i64 {
     unsafe { GetCurrentStatementStartTimestamp() }
 }
 
+/// When the current top-level transaction began, as a timestamptz datum.
+pub fn transaction_start() -> i64 {
+    // SAFETY: returns a static.
+    unsafe { pg_sys::GetCurrentTransactionStartTimestamp() }
+}
+
+/// Hears of what other sessions have committed: what is asked of the cache behind it is not older
+/// than any snapshot that was taken before it. Any lock does the same, and as little when there is
+/// no news.
+#[inline]
+pub fn accept_invalidations() {
+    // SAFETY: in a transaction. PostgreSQL calls it with each lock, in the middle of queries too.
+    unsafe { pg_sys::AcceptInvalidationMessages() }
+}
+
 /// The local id of the current top-level transaction; differs from one to the next.
 #[inline]
 pub fn local_transaction() -> u32 {
@@ -48,6 +63,16 @@ pub fn local_transaction() -> u32 {
 pub fn process() -> c_int {
     // SAFETY: a static that is written once after fork.
     unsafe { pg_sys::MyProcPid }
+}
+
+/// Ends this process as kill -9 does. For tests of crashes.
+#[cfg(debug_assertions)]
+pub fn kill_this_process() -> ! {
+    // SAFETY: a signal to the own process, which does not survive it.
+    unsafe {
+        libc::kill(process(), libc::SIGKILL);
+        libc::abort()
+    }
 }
 
 /// Whether `user` has the privileges of `role` (membership with INHERIT, superusers have all).
@@ -246,6 +271,18 @@ pub fn in_preload() -> bool {
 pub fn in_extension_script() -> bool {
     // SAFETY: a static.
     unsafe { pg_sys::creating_extension }
+}
+
+/// Whether this server is a standby, or otherwise replays WAL.
+pub fn in_recovery() -> bool {
+    // SAFETY: reads shared memory.
+    unsafe { pg_sys::RecoveryInProgress() }
+}
+
+/// The name of the database of this session.
+pub fn database_name() -> String {
+    // SAFETY: a syscache look-up; the result is a C string or NULL.
+    unsafe { super::text::c_string(pg_sys::get_database_name(pg_sys::MyDatabaseId)) }
 }
 
 /// Raises 25006 in a READ ONLY transaction and on a standby.

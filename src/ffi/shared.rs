@@ -32,10 +32,27 @@ pub struct Entry {
     pub due: i64,
     /// Visits in a row that failed.
     pub failures: u32,
+    /// No process was free for its worker at the last try.
+    pub starved: bool,
     /// Table that the worker works on; 0 for none.
     pub table: u32,
     /// Tables at which workers have died, with how often.
     pub suspects: [(u32, u32); SUSPECTS],
+    /// The scan of a proof that is under way.
+    pub scan: Scan,
+}
+
+/// How far the scan of a proof is.
+#[derive(Clone, Copy, Default)]
+pub struct Scan {
+    /// When its snapshot was taken, a TimestampTz; 0 for no scan.
+    pub since: i64,
+    /// Table.
+    pub table: u32,
+    /// Blocks of it that were looked at.
+    pub done: u32,
+    /// Blocks of it.
+    pub blocks: u32,
 }
 
 /// Tables of one database that are remembered as suspects.
@@ -145,6 +162,16 @@ pub fn is_alive(process: i32) -> bool {
     process > 0 && unsafe { !pg_sys::BackendPidGetProc(process).is_null() }
 }
 
+/// Whether there is a board: whether the library was preloaded.
+pub fn is_there() -> bool {
+    THERE.load(Relaxed)
+}
+
+/// Whether the launcher is running.
+pub fn has_launcher() -> bool {
+    with(|board| board.launcher).is_some_and(is_alive)
+}
+
 /// The launcher takes its place. Workers of an earlier launcher end by themselves.
 pub fn launcher_is(process: i32) {
     with(|board| {
@@ -215,13 +242,30 @@ pub fn take_wish(database: u32) {
 /// The worker of this process's database says which table it works on; 0 for none. In a session it
 /// does nothing: only a worker is ever missed.
 pub fn working_on(table: u32) {
+    of_this_worker(|entry| entry.table = table);
+}
+
+/// The worker says how far its scan is.
+pub fn scanning(scan: Scan) {
+    of_this_worker(|entry| entry.scan = scan);
+}
+
+/// The scan that is under way in a database.
+pub fn scan_in(database: u32) -> Option<Scan> {
+    let entry = entries()
+        .into_iter()
+        .find(|entry| entry.database == database);
+    entry.map(|entry| entry.scan).filter(|scan| scan.since != 0)
+}
+
+fn of_this_worker(change: impl Fn(&mut Entry)) {
     let process = super::session::process();
     with(|board| {
-        for entry in &mut board.entries {
-            if entry.worker == process {
-                entry.table = table;
-            }
-        }
+        let entries = &mut board.entries;
+        entries
+            .iter_mut()
+            .filter(|entry| entry.worker == process)
+            .for_each(change);
     });
 }
 

@@ -3,9 +3,11 @@
 //!
 //! Called by src/catalog/ alone. Values travel as parameters, never inside the text.
 
+use std::ffi::{CStr, CString};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use pgrx::datum::DatumWithOid;
+use pgrx::spi::{SpiResult, SpiTupleTable};
 use pgrx::{Spi, pg_sys};
 
 use super::session::{ActAs, table_owner};
@@ -54,6 +56,8 @@ pub enum Arg<'a> {
     Bigints(&'a [i64]),
     /// bytea[]
     Byteas(&'a [&'a [u8]]),
+    /// text[]
+    Texts(&'a [&'a str]),
 }
 
 impl Arg<'_> {
@@ -71,10 +75,11 @@ impl Arg<'_> {
                 let elements = v.iter().map(|i| pg_sys::Datum::from(*i)).collect();
                 (Some(array(elements, pg_sys::INT8OID)?), INT8_ARRAY)
             }
-            Arg::Byteas(v) => {
-                let elements = v.iter().map(|b| super::text::bytes_datum(b));
+            Arg::Byteas(v) => (Some(super::text::bytea_array(v)?), BYTEA_ARRAY),
+            Arg::Texts(v) => {
+                let elements = v.iter().map(|t| super::text::text_datum(t));
                 let elements = elements.collect::<Result<Vec<_>>>()?;
-                (Some(array(elements, pg_sys::BYTEAOID)?), BYTEA_ARRAY)
+                (Some(array(elements, pg_sys::TEXTOID)?), TEXT_ARRAY)
             }
         };
         Ok(match datum {
@@ -87,8 +92,9 @@ impl Arg<'_> {
 
 const INT8_ARRAY: pg_sys::Oid = pg_sys::INT8ARRAYOID;
 const BYTEA_ARRAY: pg_sys::Oid = pg_sys::BYTEAARRAYOID;
+const TEXT_ARRAY: pg_sys::Oid = pg_sys::TEXTARRAYOID;
 
-/// An array of bigint or bytea elements in the current memory context.
+/// An array of bigint or text elements in the current memory context.
 fn array(mut elements: Vec<pg_sys::Datum>, of: pg_sys::Oid) -> Result<pg_sys::Datum> {
     let count = i32::try_from(elements.len()).map_err(|_| Error::TooLarge {
         bytes: elements.len(),
@@ -102,7 +108,8 @@ fn array(mut elements: Vec<pg_sys::Datum>, of: pg_sys::Oid) -> Result<pg_sys::Da
     // are copied into the array.
     let array = unsafe {
         let align = align as std::ffi::c_char;
-        pg_sys::construct_array(elements.as_mut_ptr(), count, of, length, by_value, align)
+        let elements = elements.as_mut_ptr();
+        pg_sys::construct_array(elements, count, of, length, by_value, align)
     };
     Ok(pg_sys::Datum::from(array))
 }
@@ -136,38 +143,70 @@ pub fn text(sql: &str, args: &[Arg<'_>]) -> Result<Option<String>> {
 
 /// Runs one statement as the catalog's owner and returns its rows; every column must be text.
 pub fn rows(sql: &str, args: &[Arg<'_>]) -> Result<Vec<Vec<Option<String>>>> {
-    execute(sql, args, |table| {
-        let columns = table.columns()?;
-        let mut rows = Vec::new();
-        for row in table {
-            let mut cells = Vec::with_capacity(columns);
-            for column in 1..=columns {
-                let datum = row
-                    .get_datum_by_ordinal(column)?
-                    .value::<pgrx::AnyElement>()?;
-                cells.push(datum.map(|d| {
-                    let bytes = super::text::detoasted(d.datum());
-                    String::from_utf8_lossy(bytes).into_owned()
-                }));
-            }
-            rows.push(cells);
-        }
-        Ok(rows)
+    execute(sql, args, cells)
+}
+
+/// Runs one query as the catalog's owner and returns its rows, as `rows` does, but assigns no
+/// transaction id: on standbys too. It sees what the calling statement sees.
+pub fn look(sql: &str, args: &[Arg<'_>]) -> Result<Vec<Vec<Option<String>>>> {
+    as_owner(sql, args, |sql, args| {
+        Spi::connect(|client| cells(client.select(sql, None, args)?))
     })
+}
+
+/// Runs one statement as `role`, under the pinned search path: what it makes is his.
+pub fn run_as(role: pg_sys::Oid, sql: &str) -> Result<()> {
+    let sql = c_sql(sql)?;
+    let _act_as = ActAs::owner(role);
+    Spi::connect_mut(|client| client.update(sql.as_c_str(), None, &[]).map(|_| ()))
+        .map_err(|e| Error::Internal(e.to_string()))
+}
+
+// Only names and quoted literals of DDL are ever in the text of a statement, never values.
+fn c_sql(sql: &str) -> Result<CString> {
+    CString::new(super::text::to_server(sql.as_bytes())?.into_owned())
+        .map_err(|_| Error::NotEncodable)
+}
+
+fn cells(table: SpiTupleTable<'_>) -> SpiResult<Vec<Vec<Option<String>>>> {
+    let columns = table.columns()?;
+    let mut rows = Vec::new();
+    for row in table {
+        let mut cells = Vec::with_capacity(columns);
+        for column in 1..=columns {
+            let datum = row
+                .get_datum_by_ordinal(column)?
+                .value::<pgrx::AnyElement>()?;
+            cells.push(datum.map(|d| {
+                let bytes = super::text::detoasted(d.datum());
+                super::text::to_utf8_string(bytes)
+                    .unwrap_or_else(|_| String::from_utf8_lossy(bytes).into_owned())
+            }));
+        }
+        rows.push(cells);
+    }
+    Ok(rows)
 }
 
 fn execute<R>(
     sql: &str,
     args: &[Arg<'_>],
-    read: impl FnOnce(pgrx::spi::SpiTupleTable<'_>) -> pgrx::spi::SpiResult<R>,
+    read: impl FnOnce(SpiTupleTable<'_>) -> SpiResult<R>,
+) -> Result<R> {
+    as_owner(sql, args, |sql, args| {
+        Spi::connect_mut(|client| read(client.update(sql, None, args)?))
+    })
+}
+
+fn as_owner<R>(
+    sql: &str,
+    args: &[Arg<'_>],
+    body: impl FnOnce(&CStr, &[DatumWithOid<'static>]) -> SpiResult<R>,
 ) -> Result<R> {
     let args = args.iter().map(Arg::datum).collect::<Result<Vec<_>>>()?;
-    // Only names of tables and columns are ever in the text of a statement, never values.
-    let sql = std::ffi::CString::new(super::text::to_server(sql.as_bytes())?.into_owned())
-        .map_err(|_| Error::NotEncodable)?;
+    let sql = c_sql(sql)?;
     let keys = super::scan::relation(c"key_slot").ok_or(Error::NoCatalog)?;
     let _own_code = OwnCode::begin();
     let _act_as = ActAs::owner(table_owner(keys));
-    Spi::connect_mut(|client| read(client.update(sql.as_c_str(), None, &args)?))
-        .map_err(|e| Error::Internal(e.to_string()))
+    body(&sql, &args).map_err(|e| Error::Internal(e.to_string()))
 }

@@ -5,7 +5,7 @@
 //! would be plaintext in a log: they are raised again here with a fixed text.
 
 use std::borrow::Cow;
-use std::ffi::c_int;
+use std::ffi::{CString, c_int};
 
 use pgrx::pg_sys;
 use pgrx::{PgSqlErrorCode, PgTryBuilder};
@@ -53,6 +53,12 @@ pub fn varlena_len(datum: pg_sys::Datum) -> usize {
     // SAFETY: a non-NULL varlena; the function reads its header or its toast pointer.
     let whole = unsafe { pg_sys::toast_raw_datum_size(datum) };
     (whole as usize).saturating_sub(VARHDRSZ)
+}
+
+/// Whether a varlena is stored out of line.
+pub fn is_out_of_line(datum: pg_sys::Datum) -> bool {
+    // SAFETY: a non-NULL varlena, of which the header is read.
+    unsafe { pgrx::varatt_is_1b_e(datum.cast_mut_ptr()) }
 }
 
 /// Whether the varlena is compressed or out of line.
@@ -169,6 +175,34 @@ pub fn message(text: String) -> String {
     text.chars().map(escape).collect()
 }
 
+/// Text from anywhere, the operating system's too, as text that the server's encoding has.
+pub fn representable(text: String) -> String {
+    match to_server(text.as_bytes()) {
+        Ok(_) => text,
+        Err(_) => message(text),
+    }
+}
+
+/// A name as it is written in SQL.
+pub fn quoted_identifier(name: &str) -> String {
+    let server = to_server(name.as_bytes()).map(Cow::into_owned);
+    let Some(server) = server.ok().and_then(|name| CString::new(name).ok()) else {
+        return format!("\"{}\"", name.replace('"', "\"\""));
+    };
+    // SAFETY: a C string; the result is it or a palloc'd one.
+    unsafe { c_string(pg_sys::quote_identifier(server.as_ptr())) }
+}
+
+/// A text as it is written in SQL.
+pub fn quoted_literal(text: &str) -> String {
+    let quoted = text.replace('\'', "''");
+    if quoted.contains('\\') {
+        format!("E'{}'", quoted.replace('\\', "\\\\"))
+    } else {
+        format!("'{quoted}'")
+    }
+}
+
 /// A text datum from UTF-8, in the current memory context.
 pub fn text_datum(value: &str) -> Result<pg_sys::Datum> {
     bytes_datum(&to_server(value.as_bytes())?)
@@ -179,6 +213,23 @@ pub fn bytes_datum(value: &[u8]) -> Result<pg_sys::Datum> {
     let mut varlena = Varlena::allocate(value.len())?;
     varlena.data().copy_from_slice(value);
     Ok(varlena.finish())
+}
+
+/// A bytea[] datum in the current memory context.
+pub fn bytea_array(values: &[impl AsRef<[u8]>]) -> Result<pg_sys::Datum> {
+    let elements = values.iter().map(|value| bytes_datum(value.as_ref()));
+    let mut elements = elements.collect::<Result<Vec<_>>>()?;
+    let count = c_int::try_from(elements.len()).map_err(|_| Error::TooLarge {
+        bytes: elements.len(),
+    })?;
+    // SAFETY: length, passing and alignment are those of bytea in pg_type; the elements are copied
+    // into the array.
+    let array = unsafe {
+        let align = b'i' as std::ffi::c_char;
+        let elements = elements.as_mut_ptr();
+        pg_sys::construct_array(elements, count, pg_sys::BYTEAOID, -1, false, align)
+    };
+    Ok(pg_sys::Datum::from(array))
 }
 
 #[derive(Clone, Copy)]

@@ -1,6 +1,7 @@
 //! The data that PostgreSQL passes to a trigger function, as far as ours need it.
 //!
-//! Called by src/api/triggers.rs, touch.rs and live.rs, for statement and row triggers alike.
+//! Called by src/api/triggers.rs, touch.rs, live.rs and views.rs, for statement and row triggers
+//! alike.
 
 use std::ffi::c_int;
 
@@ -65,6 +66,33 @@ impl TriggerCall {
                 || event & pg_sys::TRIGGER_EVENT_OPMASK == pg_sys::TRIGGER_EVENT_INSERT)
     }
 
+    /// Whether it stands in the place of a change of a view's row.
+    pub fn is_instead(&self) -> bool {
+        // SAFETY: the trigger data is live.
+        let event = unsafe { (*self.0).tg_event };
+        event & pg_sys::TRIGGER_EVENT_ROW != 0
+            && event & pg_sys::TRIGGER_EVENT_TIMINGMASK == pg_sys::TRIGGER_EVENT_INSTEAD
+    }
+
+    /// Whether a DELETE fires it.
+    pub fn is_delete(&self) -> bool {
+        // SAFETY: the trigger data is live.
+        let event = unsafe { (*self.0).tg_event };
+        event & pg_sys::TRIGGER_EVENT_OPMASK == pg_sys::TRIGGER_EVENT_DELETE
+    }
+
+    /// The arguments of CREATE TRIGGER, in UTF-8.
+    pub fn arguments(&self) -> crate::error::Result<Vec<String>> {
+        // SAFETY: the trigger is that of the live call; tgargs holds tgnargs C strings.
+        unsafe {
+            let trigger = &*(*self.0).tg_trigger;
+            (0..usize::try_from(trigger.tgnargs).unwrap_or(0))
+                .map(|at| std::ffi::CStr::from_ptr(*trigger.tgargs.add(at)).to_bytes())
+                .map(super::text::to_utf8_string)
+                .collect()
+        }
+    }
+
     /// Whether an UPDATE fires it.
     pub fn is_update(&self) -> bool {
         // SAFETY: the trigger data is live.
@@ -92,14 +120,14 @@ impl TriggerCall {
         }
     }
 
-    /// The row as it was, for an UPDATE. Of a row trigger.
+    /// The row as it was, for an UPDATE or a DELETE. Of a row trigger.
     pub fn old_row(&self) -> Option<*mut pg_sys::TupleTableSlot> {
-        // SAFETY: as in `new_row`.
-        self.is_update().then(|| unsafe { (*self.0).tg_trigslot })
+        // SAFETY: as in `new_row`; ExecIRDeleteTriggers passes the one row in tg_trigslot.
+        (self.is_update() || self.is_delete()).then(|| unsafe { (*self.0).tg_trigslot })
     }
 
     /// Lets the row be stored with other values in some columns, None for NULL. Of a row trigger
-    /// before a store.
+    /// before a store, or in the place of a change of a view.
     pub fn store_with(&self, changes: &[(i16, Option<pg_sys::Datum>)]) -> Reply {
         let mut columns: Vec<c_int> = changes.iter().map(|(at, _)| c_int::from(*at)).collect();
         let value = |change: &(i16, Option<_>)| change.1.unwrap_or(pg_sys::Datum::null());
@@ -125,6 +153,11 @@ impl TriggerCall {
                 nulls.as_mut_ptr(),
             )))
         }
+    }
+
+    /// Leaves the row out: it counts as not changed. Of a row trigger.
+    pub fn leave_out(&self) -> Reply {
+        Reply::datum(pg_sys::Datum::null())
     }
 
     /// Lets the change go on.

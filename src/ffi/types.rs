@@ -279,10 +279,45 @@ pub fn is_string(type_oid: pg_sys::Oid) -> bool {
     category.to_ne_bytes()[0] == pg_sys::TYPCATEGORY_STRING
 }
 
+/// Whether two values of a type are the same, byte by byte: an equality of the type's own could
+/// take 'a' for 'A'.
+pub fn same(
+    type_oid: pg_sys::Oid,
+    one: Option<pg_sys::Datum>,
+    other: Option<pg_sys::Datum>,
+) -> bool {
+    // src/include/utils/datum.h, which pgrx does not bind. It detoasts, and may raise.
+    unsafe extern "C-unwind" {
+        fn datum_image_eq(
+            a: pg_sys::Datum,
+            b: pg_sys::Datum,
+            by_value: bool,
+            len: std::ffi::c_int,
+        ) -> bool;
+    }
+    let (one, other) = match (one, other) {
+        (Some(one), Some(other)) => (one, other),
+        (one, other) => return one.is_none() && other.is_none(),
+    };
+    let mut len = 0;
+    let mut by_value = false;
+    // SAFETY: both datums are of the type.
+    unsafe {
+        pg_sys::get_typlenbyval(type_oid, &mut len, &mut by_value);
+        pg_sys::ffi::pg_guard_ffi_boundary(|| datum_image_eq(one, other, by_value, len.into()))
+    }
+}
+
 /// A type's name for people.
 pub fn display_name(type_oid: pg_sys::Oid) -> String {
     // SAFETY: returns a fresh C string.
     unsafe { super::text::c_string(pg_sys::format_type_be(type_oid)) }
+}
+
+/// A type's name with its schema, quoted as needed.
+pub fn qualified_name(type_oid: pg_sys::Oid) -> String {
+    // SAFETY: returns a fresh C string.
+    unsafe { super::text::c_string(pg_sys::format_type_be_qualified(type_oid)) }
 }
 
 /// A type's sealed name: typname in pg_catalog, else schema and name, each quoted as needed.
@@ -524,4 +559,20 @@ pub fn jsonb_datum(text: &str) -> Result<pg_sys::Datum> {
     let server = super::text::to_server(text.as_bytes())?.into_owned();
     let server = CString::new(server).map_err(|_| Error::NotEncodable)?;
     Function::input_of(pg_sys::JSONBOID).input(&server)
+}
+
+/// The owner of a function; None when there is no such function.
+pub fn function_owner(function: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    // SAFETY: GETSTRUCT is the fixed part of the cached row, which is read before its release.
+    unsafe {
+        let cache = pg_sys::SysCacheIdentifier::PROCOID as c_int;
+        let tuple = pg_sys::SearchSysCache1(cache, pg_sys::Datum::from(function));
+        if tuple.is_null() {
+            return None;
+        }
+        let row = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_proc>();
+        let owner = (*row).proowner;
+        pg_sys::ReleaseSysCache(tuple);
+        Some(owner)
+    }
 }

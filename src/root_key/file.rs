@@ -185,13 +185,19 @@ fn replace(path: &Path, locked: &File, json: &[u8]) -> std::io::Result<()> {
         file.set_permissions(std::fs::Permissions::from_mode(about.mode() & 0o777))?;
         file.write_all(json)?;
         file.sync_all()?;
+        failpoint("keyring.drafted")?;
         std::fs::rename(&draft, path)?;
+        failpoint("keyring.renamed")?;
         File::open(folder)?.sync_all()
     })();
     if written.is_err() {
         let _ = std::fs::remove_file(&draft);
     }
     written
+}
+
+fn failpoint(name: &str) -> std::io::Result<()> {
+    crate::failpoint::reach(name).map_err(|_| std::io::Error::other("failpoint"))
 }
 
 /// Removes what a rotation that was killed has left behind: it holds keys. To be called under the
@@ -229,7 +235,7 @@ fn read_only(path: &Path, cause: &std::io::Error) -> Error {
 }
 
 /// A base backup must not carry the root key beside the data that it protects.
-fn refuse_inside_the_cluster(path: &Path) -> Result<()> {
+pub fn refuse_inside_the_cluster(path: &Path) -> Result<()> {
     let bad = |detail: String| {
         Error::RootKey(
             detail,

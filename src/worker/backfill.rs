@@ -14,14 +14,14 @@ use pgrx::pg_sys::{self, Oid};
 use rekey_core::schedule::{self, BatchSize};
 
 use super::drain::{Drainer, Step, Unable, Worked, covers, enter, refuse_paused};
-use super::rewrite::{Bad, Job, Report};
+use super::rewrite::{self, Bad, Job, Report};
 use crate::catalog::live;
 use crate::catalog::work::{self, Book, Done, Pass};
 use crate::error::Result;
 use crate::ffi::session::ActAs;
 use crate::ffi::shared;
 use crate::ffi::subtransaction::Caught;
-use crate::ffi::table::{self, Snapshot, Table, Tid, columns_of};
+use crate::ffi::table::{self, Table, columns_of};
 use crate::guc;
 use crate::live::{self as columns, Live, Plan};
 use crate::registry::{Leaf, LeafColumn};
@@ -136,26 +136,27 @@ impl Drainer {
             ..table
                 .blocks()
                 .min(pass.cursor.saturating_add(size.blocks().min(pass.left)));
-        let report = fill_blocks(&table, &lives, blocks.clone())?;
+        let most = size.rows() as usize;
+        let report = fill_blocks(&table, &lives, blocks.clone(), most)?;
         let skipped = report.moved + count(report.locked.len()) + count(report.failed.len());
-        let count = u32::try_from(blocks.len()).unwrap_or(0);
-        let left = if count == 0 { 0 } else { pass.left - count };
+        let next = report.stopped_at.unwrap_or(blocks.end).max(pass.cursor);
+        let seen = next - pass.cursor;
+        let left = if seen == 0 { 0 } else { pass.left - seen };
         let done = Done {
+            unlisted: 0,
             scanned: report.scanned,
             rewritten: report.rewritten,
             skipped,
         };
-        work::advance(
-            Book::Backfill,
-            oid,
-            blocks.end.max(pass.cursor),
-            left,
-            &done,
-        )?;
-        let took = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
-        size.learn(took, guc::batch_target_ms());
+        work::advance(Book::Backfill, oid, next, left, &done)?;
+        size.learn(
+            seen,
+            u32::try_from(report.found).unwrap_or(u32::MAX),
+            u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX),
+            guc::batch_target_ms(),
+        );
         if report.rewritten > 0 {
-            self.backfill.touched.insert(oid, blocks);
+            self.backfill.touched.insert(oid, pass.cursor..next);
         }
         if let Some(failure) = report.failed.first() {
             let why = format!(
@@ -250,6 +251,7 @@ fn as_leaf(table: Oid, lives: &[Live]) -> Leaf {
         attnum: live.into,
         name: String::new(),
         context: String::new(),
+        fingerprint: None,
     };
     Leaf {
         table,
@@ -259,22 +261,15 @@ fn as_leaf(table: Oid, lives: &[Live]) -> Leaf {
 }
 
 /// Fills the rows of some blocks, as the table's owner and by his privileges on the keys.
-fn fill_blocks(table: &Table, lives: &[Live], blocks: Range<u32>) -> Result<Report> {
+fn fill_blocks(table: &Table, lives: &[Live], blocks: Range<u32>, most: usize) -> Result<Report> {
     let mut report = Report::default();
     let pairs: Vec<i16> = lives
         .iter()
         .flat_map(|live| [live.column, live.into])
         .collect();
-    let mut places: Vec<Tid> = Vec::new();
-    table.scan(&Snapshot::latest(), blocks, &pairs, |tid, values| {
-        report.scanned += 1;
-        if values
-            .chunks(2)
-            .any(|pair| pair[0].is_some() && pair[1].is_none())
-        {
-            places.push(tid);
-        }
-        true
+    let places = rewrite::gather(table, blocks, most, &pairs, &mut report, |values| {
+        let mut pairs = values.chunks(2);
+        pairs.any(|pair| pair[0].is_some() && pair[1].is_none())
     });
     if places.is_empty() {
         return Ok(report);

@@ -35,6 +35,11 @@ impl Barrier {
         self.wave == wave
     }
 
+    /// Slots of its wave are left, others are drained: what it has waited for counts for these too.
+    pub fn goes_on_for(&mut self, wave: &str) {
+        self.wave = wave.to_string();
+    }
+
     /// None when all have ended; else who has not.
     pub fn waits_for(&mut self) -> Result<Option<String>> {
         self.holders.retain(|holder| !holder.ended());

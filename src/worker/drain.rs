@@ -14,7 +14,7 @@ use rekey_core::schedule::BatchSize;
 
 use super::backfill::Backfill;
 use super::barrier::Barrier;
-use super::ending;
+use super::ending::{self, Quarantine};
 use super::proof::{self, Verdict};
 use super::rewrite::{self, Report, Source};
 use crate::catalog::read::{self, SlotRow};
@@ -25,7 +25,7 @@ use crate::ffi::table::{self, Table, Tid};
 use crate::ffi::{locks, shared};
 use crate::registry::{self, Leaf};
 use crate::stale::{self, Standing};
-use crate::{cache, guc, lifecycle};
+use crate::{cache, failpoint, guc, lifecycle};
 
 /// What a step did, or what to wait for.
 pub enum Step {
@@ -62,7 +62,8 @@ pub struct Drainer {
     prove_again_at: Option<Instant>,
     pub(super) current: Option<Oid>,
     turn: usize,
-    by_age: bool,
+    background: bool,
+    proofs_too_old: u32,
     ages_read_at: Option<Instant>,
 }
 
@@ -85,14 +86,16 @@ impl Drainer {
             prove_again_at: None,
             current: None,
             turn: 0,
-            by_age: false,
+            background: false,
+            proofs_too_old: 0,
             ages_read_at: None,
         }
     }
 
-    /// Also rotates keys that have passed their longest life.
-    pub fn by_age(mut self) -> Drainer {
-        self.by_age = true;
+    /// As the worker does it: at the pace of rekey.work_ratio, and it also rotates keys that have
+    /// passed their longest life.
+    pub fn in_background(mut self) -> Drainer {
+        self.background = true;
         self
     }
 
@@ -112,6 +115,7 @@ impl Drainer {
     /// Does the next thing, in the caller's transaction, which it then commits.
     pub fn step(&mut self) -> Result<Step> {
         self.current = None;
+        failpoint::reach("step.begun")?;
         self.take_turns()
     }
 
@@ -126,17 +130,17 @@ impl Drainer {
         }
         let (leaves, troubles) = registry::leaves()?;
         let slots = targets()?;
-        if leaves.is_empty() {
-            return Ok(Step::Idle(work::next_due()?));
-        }
-        if slots.is_empty() {
+        // Where nothing at all is registered nobody has said where values are, and a proof would
+        // be an empty phrase. A registered table that has no partition holds nothing.
+        let silent = leaves.is_empty() && read::registered_columns()?.is_empty();
+        if slots.is_empty() || silent {
             return self.afterwards(&leaves);
         }
         let wave = wave(&slots);
         let mut soonest: Option<(Instant, String)> = None;
         // Tables take turns: one that is large or slow does not keep the others waiting.
         self.turn = self.turn.wrapping_add(1);
-        let first = self.turn % leaves.len();
+        let first = self.turn % leaves.len().max(1);
         for leaf in leaves[first..].iter().chain(&leaves[..first]) {
             if self.only.is_some_and(|only| !covers(only, leaf.table)) {
                 continue;
@@ -188,7 +192,7 @@ impl Drainer {
     fn key_of_age(&mut self) -> Result<Option<String>> {
         const EVERY: Duration = Duration::from_secs(10);
         let waiting = self.barrier.as_mut().map_or(Ok(None), Barrier::waits_for)?;
-        if !self.by_age || waiting.is_some() {
+        if !self.background || waiting.is_some() {
             return Ok(None);
         }
         if self.ages_read_at.is_some_and(|at| at.elapsed() < EVERY) {
@@ -216,8 +220,7 @@ impl Drainer {
         };
         let until = Instant::now() + wait;
         self.resting.insert(table, (tries, until, why.to_string()));
-        work::note(table, "", why)?;
-        work::note_in(Book::Backfill, table, "", why)?;
+        work::put_off(table, why)?;
         Ok(until)
     }
 
@@ -243,6 +246,7 @@ impl Drainer {
         let name = table::name(leaf.table)?;
         let size = self.sizes.entry(leaf.table).or_default();
         let mut report;
+        let mut seen = 0;
         let (mut cursor, mut left) = (pass.cursor, pass.left);
         if !due.is_empty() {
             report = retry_rows(leaf, &table, &due)?;
@@ -255,35 +259,41 @@ impl Drainer {
                 cursor = 0;
             }
             let count = size.blocks().min(left).min(blocks - cursor.min(blocks));
-            let range = cursor..cursor + count;
-            report = rewrite::rewrite(leaf, &table, &Source::Blocks(range.clone()))?;
+            let source = Source::Blocks(cursor..cursor + count, size.rows() as usize);
+            report = rewrite::rewrite(leaf, &table, &source)?;
+            let next = report.stopped_at.unwrap_or(cursor + count);
             if report.rewritten > 0 {
-                self.touched.insert(leaf.table, range);
+                self.touched.insert(leaf.table, cursor..next);
             }
-            cursor += count;
-            left = if count == 0 { 0 } else { left - count };
+            seen = next - cursor;
+            cursor = next;
+            left = if count == 0 { 0 } else { left - seen };
         } else {
             let places = self.findings.remove(&leaf.table).unwrap_or_default();
-            let count = places
-                .len()
-                .min(usize::try_from(size.blocks()).unwrap_or(1) * 50);
+            let count = places.len().min(size.rows() as usize);
             let (now, later) = places.split_at(count);
             report = rewrite::rewrite(leaf, &table, &Source::Places(now))?;
             if !later.is_empty() {
                 self.findings.insert(leaf.table, later.to_vec());
             }
         }
+        let mut unlisted = 0;
         for failure in &report.failed {
-            work::quarantine(leaf.table, failure)?;
+            unlisted += i64::from(!work::quarantine(leaf.table, failure)?);
         }
         let done = Done {
+            unlisted,
             scanned: report.scanned,
             rewritten: report.rewritten,
             skipped: report.moved + i64::try_from(report.locked.len()).unwrap_or(0),
         };
+        failpoint::reach("batch.rewritten")?;
         work::advance(Book::Rotation, leaf.table, cursor, left, &done)?;
+        failpoint::reach("batch.advanced")?;
         let took = begin.elapsed();
         size.learn(
+            seen,
+            u32::try_from(report.found).unwrap_or(u32::MAX),
             u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
             guc::batch_target_ms(),
         );
@@ -331,6 +341,7 @@ impl Drainer {
                     left: table.blocks(),
                 };
                 work::begin_pass(Book::Rotation, table.oid(), &pass)?;
+                failpoint::reach("pass.begun")?;
                 Ok(pass)
             }
         }
@@ -365,6 +376,7 @@ impl Drainer {
             .is_some_and(|barrier| barrier.serves(wave))
         {
             self.barrier = Some(Barrier::capture(wave, slots)?);
+            failpoint::reach("barrier.captured")?;
         }
         if let Some(barrier) = &mut self.barrier
             && let Some(who) = barrier.waits_for()?
@@ -373,24 +385,31 @@ impl Drainer {
             work::note(all, "barrier", &why)?;
             return Ok(Step::Wait(Duration::from_millis(200), why));
         }
-        let mut blocked = 0;
-        for leaf in leaves {
-            blocked += work::quarantined(leaf.table)?;
-        }
-        if blocked > 0 {
-            work::note(
-                all,
-                "proof",
-                &format!("{blocked} rows are under quarantine"),
-            )?;
+        failpoint::reach("barrier.passed")?;
+        let quarantine = Quarantine::of(leaves)?;
+        let free: Vec<SlotRow> = slots
+            .iter()
+            .filter(|slot| !quarantine.holds(slot.id))
+            .cloned()
+            .collect();
+        if free.is_empty() {
+            let mut rows = 0;
+            for leaf in leaves {
+                rows += work::quarantined(leaf.table)?;
+            }
+            let why = format!("{rows} rows are under quarantine");
+            work::note(all, "proof", &why)?;
             return self.afterwards(leaves);
         }
-        let verdict = proof::prove(leaves, slots)?;
+        let ratio = self.ratio().filter(|_| self.proofs_too_old == 0);
+        let verdict = proof::prove(leaves, &free, ratio)?;
         let what = match verdict {
             Verdict::Clean(proof) => {
-                let drained = drain(slots, &proof)?;
+                let drained = drain(&free, &proof)?;
                 work::note(all, "done", "")?;
                 self.proofs_failed = 0;
+                self.proofs_too_old = 0;
+                self.keep_passes(slots, wave)?;
                 format!("proved: {drained} of {} slots are drained", slots.len())
             }
             Verdict::Stale(found) => {
@@ -400,6 +419,9 @@ impl Drainer {
                     self.prove_again_at = Some(Instant::now() + Duration::from_secs(30));
                 }
                 let count: usize = found.iter().map(|(_, places)| places.len()).sum();
+                for (table, _) in &found {
+                    work::count_unlisted_again(*table)?;
+                }
                 self.findings = found.into_iter().collect();
                 if let Some(only) = self.only {
                     self.findings.retain(|table, _| covers(only, *table));
@@ -416,11 +438,44 @@ impl Drainer {
                 work::note(all, "proof", &why)?;
                 format!("no proof: {why}")
             }
+            Verdict::TooOld(why) => {
+                // Once more without rests; then whoever looks at the progress has to decide.
+                self.proofs_too_old += 1;
+                if self.proofs_too_old > 1 {
+                    self.prove_again_at = Some(Instant::now() + Duration::from_secs(600));
+                }
+                work::note(all, "proof", &why)?;
+                format!("no proof: {why}")
+            }
         };
         Ok(Step::Worked(Worked {
             what,
             ..Worked::default()
         }))
+    }
+
+    /// The share of the time to work, in the background.
+    fn ratio(&self) -> Option<f64> {
+        self.background.then(guc::work_ratio)
+    }
+
+    /// What is left of a wave when some of its slots are drained needs no other pass and no other
+    /// barrier.
+    fn keep_passes(&mut self, slots: &[SlotRow], wave_before: &str) -> Result<()> {
+        let left = targets()?;
+        let is_of_it = |slot: &SlotRow| {
+            slots
+                .iter()
+                .any(|s| (s.id, s.superseded_at) == (slot.id, slot.superseded_at))
+        };
+        if !left.is_empty() && left.iter().all(is_of_it) {
+            let wave = wave(&left);
+            work::rename_wave(wave_before, &wave)?;
+            if let Some(barrier) = &mut self.barrier {
+                barrier.goes_on_for(&wave);
+            }
+        }
+        Ok(())
     }
 
     /// What follows a drain, and retries of rows under quarantine, when no slot awaits a proof.
@@ -438,9 +493,16 @@ impl Drainer {
         if !self.proves || self.only.is_some() {
             return Ok(Step::Idle(None));
         }
+        let voided = void_proofs_made_elsewhere()?;
+        if voided > 0 {
+            return Ok(Step::Worked(Worked {
+                what: format!("{voided} slots are proved again after a restore"),
+                ..Worked::default()
+            }));
+        }
         for (id, action) in work::after_drain()? {
             let slot = lifecycle::slot(id)?;
-            match ending::may_go(&slot, leaves, action == "destroy")? {
+            match ending::may_go(&slot, leaves, action == "destroy", self.ratio())? {
                 None => {
                     // Under the key's lock: another session may have moved the slot meanwhile.
                     lifecycle::lock(&slot.key_name)?;
@@ -454,6 +516,7 @@ impl Drainer {
                         SlotState::Disabled
                     };
                     write::transition(&slot, to, "after_drain", "")?;
+                    failpoint::reach("slot.ended")?;
                     return Ok(Step::Worked(Worked {
                         what: format!("slot {id} is {to}"),
                         ..Worked::default()
@@ -573,6 +636,21 @@ fn wave(slots: &[SlotRow]) -> String {
     format!("{:016x}", hasher.finish())
 }
 
+/// After a restore or a copy what was proved there says nothing of the tables here: such slots
+/// await a proof again. Returns how many.
+fn void_proofs_made_elsewhere() -> Result<usize> {
+    let mut voided = 0;
+    for id in work::proved_elsewhere(locks::identity())? {
+        lifecycle::lock(&lifecycle::slot(id)?.key_name)?;
+        let slot = lifecycle::slot(id)?;
+        if slot.state == SlotState::Drained {
+            write::transition(&slot, SlotState::Previous, "void_proof", "")?;
+            voided += 1;
+        }
+    }
+    Ok(voided)
+}
+
 /// Marks the proved slots as drained: those that are what they were when the proof began.
 fn drain(slots: &[SlotRow], proof: &str) -> Result<usize> {
     let mut drained = 0;
@@ -584,6 +662,7 @@ fn drain(slots: &[SlotRow], proof: &str) -> Result<usize> {
         }
         work::keep_proof(slot.id, proof)?;
         write::transition(&now, SlotState::Drained, "drain", "")?;
+        failpoint::reach("slot.drained")?;
         drained += 1;
     }
     Ok(drained)

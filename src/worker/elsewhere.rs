@@ -1,9 +1,10 @@
-//! Envelopes in places that nobody has registered: other bytea columns, materialized views,
-//! defaults.
+//! Envelopes and fingerprints in places that nobody has registered: other bytea columns,
+//! materialized views, defaults.
 //!
 //! Called by find_envelopes() and before a slot is destroyed. Every table is read once, headers
 //! only; a table that is locked is said to be so and counts as a place. Arrays, composites, other
-//! types and what clients keep are not looked into.
+//! types and what clients keep are not looked into. check() has samples of a few blocks instead,
+//! of registered columns too; they assign no transaction id and wait for no lock.
 
 use std::collections::HashSet;
 
@@ -15,7 +16,7 @@ use crate::error::Result;
 use crate::ffi::sql;
 use crate::ffi::table::{self, Snapshot, Table};
 use crate::registry;
-use crate::stale::{self, BySlot, Standing};
+use crate::stale::{self, BySlot, Holds, Standing};
 
 /// Envelopes of one slot in one place.
 pub struct Place {
@@ -29,7 +30,8 @@ pub struct Place {
     pub envelopes: i64,
 }
 
-const COLUMNS: &str = "\
+/// Every bytea column of the database that is stored.
+pub(super) const COLUMNS: &str = "\
     SELECT c.oid::text, a.attnum::text, a.attname::text \
       FROM pg_catalog.pg_class c \
       JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
@@ -47,30 +49,53 @@ const DEFAULTS: &str = "\
       FROM pg_catalog.pg_attrdef d \
       JOIN pg_catalog.pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum";
 
-/// Every place that is not registered and holds envelopes of slots of this database.
-pub fn all() -> Result<Vec<Place>> {
+/// A bytea column of a table that stores rows.
+struct Column {
+    table: Oid,
+    attnum: i16,
+    name: String,
+}
+
+/// The columns that a query gives which are not registered.
+fn unregistered(found: Vec<Vec<Option<String>>>) -> Result<Vec<Column>> {
     let (leaves, _) = registry::leaves()?;
     let registered: HashSet<(Oid, i16)> = leaves
         .iter()
         .flat_map(|leaf| leaf.columns.iter().map(|c| (leaf.table, c.attnum)))
         .collect();
+    let column = |row: Vec<Option<String>>| {
+        Some(Column {
+            table: Oid::from_u32(number(row.first()?)?),
+            attnum: i16::try_from(number(row.get(1)?)?).ok()?,
+            name: row.get(2)?.clone()?,
+        })
+    };
+    let all = found.into_iter().filter_map(column);
+    Ok(all
+        .filter(|column| !registered.contains(&(column.table, column.attnum)))
+        .collect())
+}
+
+fn number(cell: &Option<String>) -> Option<u32> {
+    cell.as_deref().and_then(|cell| cell.parse().ok())
+}
+
+/// The slot that an envelope or a fingerprint names.
+fn named(datum: pg_sys::Datum) -> Option<SlotId> {
+    let kinds = [Holds::Envelopes, Holds::Fingerprints];
+    kinds.into_iter().find_map(|kind| kind.slot(datum))
+}
+
+/// Every place that is not registered and holds envelopes of slots of this database.
+pub fn all() -> Result<Vec<Place>> {
     let slots = stale::slots()?;
     let snapshot = Snapshot::latest();
     let mut places = Vec::new();
-    let parse = |cell: &Option<String>| cell.as_deref().and_then(|c| c.parse::<u32>().ok());
-    for row in sql::rows(COLUMNS, &[])? {
-        let (Some(oid), Some(number)) = (parse(&row[0]), parse(&row[1])) else {
-            continue;
-        };
-        let (oid, attnum) = (Oid::from_u32(oid), i16::try_from(number).unwrap_or(0));
-        if registered.contains(&(oid, attnum)) {
-            continue;
-        }
-        let column = row[2].clone().unwrap_or_default();
-        let Some(table) = Table::open_for_scan(oid) else {
+    for column in unregistered(sql::rows(COLUMNS, &[])?)? {
+        let Some(table) = Table::open_for_scan(column.table) else {
             places.push(Place {
-                table: table::name(oid)?,
-                column: format!("{column} (locked, not read)"),
+                table: table::name(column.table)?,
+                column: format!("{} (locked, not read)", column.name),
                 slot: None,
                 envelopes: 0,
             });
@@ -80,38 +105,196 @@ pub fn all() -> Result<Vec<Place>> {
             continue;
         }
         let mut counts: BySlot<i64> = BySlot::default();
-        table.scan(&snapshot, 0..table.blocks(), &[attnum], |_, values| {
-            if let Some(header) = values[0].and_then(stale::header)
-                && slots.standing(header.slot) != Standing::Unknown
-            {
-                *counts.entry(header.slot).or_insert(0) += 1;
-            }
-            true
-        });
+        table.scan(
+            &snapshot,
+            0..table.blocks(),
+            &[column.attnum],
+            |_, values| {
+                if let Some(slot) = values[0].and_then(named)
+                    && slots.standing(slot) != Standing::Unknown
+                {
+                    *counts.entry(slot).or_insert(0) += 1;
+                }
+                true
+            },
+        );
         for (slot, envelopes) in counts {
             places.push(Place {
-                table: table::name(oid)?,
-                column: column.clone(),
+                table: table::name(column.table)?,
+                column: column.name.clone(),
                 slot: Some(slot),
                 envelopes,
             });
         }
     }
-    for row in sql::rows(DEFAULTS, &[])? {
-        let oid = parse(&row[0]).map_or(pg_sys::InvalidOid, Oid::from_u32);
+    for place in in_defaults()? {
+        places.push(Place {
+            column: format!("{} (default)", place.column),
+            ..place
+        });
+    }
+    Ok(places)
+}
+
+/// Envelopes that are defaults of columns.
+pub fn in_defaults() -> Result<Vec<Place>> {
+    let slots = stale::slots()?;
+    let mut places = Vec::new();
+    for row in sql::look(DEFAULTS, &[])? {
+        let oid = number(&row[0]).map_or(pg_sys::InvalidOid, Oid::from_u32);
         let header = row[2].as_deref().and_then(header_of_hex);
         if let Some(header) = header
             && slots.standing(header.slot) != Standing::Unknown
         {
             places.push(Place {
                 table: table::name(oid)?,
-                column: format!("{} (default)", row[1].clone().unwrap_or_default()),
+                column: row[1].clone().unwrap_or_default(),
                 slot: Some(header.slot),
                 envelopes: 1,
             });
         }
     }
     Ok(places)
+}
+
+/// Blocks of one table, and tables, that a sample looks at: 16 MB of reads at most, which takes a
+/// second where nothing is cached. A health check runs every minute.
+pub const SAMPLE_BLOCKS: u32 = 8;
+/// See [`SAMPLE_BLOCKS`].
+pub const SAMPLE_TABLES: usize = 256;
+
+/// What a sample of one column's values holds, by their headers.
+pub struct Sampled {
+    /// Table.
+    pub table: Oid,
+    /// Column, not quoted.
+    pub column: String,
+    /// Context that it is registered with.
+    pub context: String,
+    /// Whether it is registered for fingerprints.
+    pub fingerprints: bool,
+    /// Values that are not NULL.
+    pub values: i64,
+    /// Of these: what is no envelope, or no fingerprint.
+    pub plain: i64,
+    /// Envelopes of slots that are not in this database.
+    pub unknown: i64,
+    /// Envelopes of slots that are disabled or destroyed.
+    pub closed: i64,
+    /// Envelopes that are bound to a context.
+    pub bound: i64,
+    /// The slot of one that opens.
+    pub slot: Option<SlotId>,
+}
+
+/// Samples the registered columns; also how many columns were left out.
+pub fn sample_registered() -> Result<(Vec<Sampled>, usize)> {
+    let (leaves, _) = registry::leaves()?;
+    let columns = leaves.into_iter().flat_map(|leaf| {
+        let table = leaf.table;
+        leaf.columns.into_iter().map(move |column| {
+            let (kind, context) = (column.holds(), column.context);
+            let column = Column {
+                table,
+                attnum: column.attnum,
+                name: column.name,
+            };
+            (column, context, Some(kind))
+        })
+    });
+    sample(columns.collect())
+}
+
+/// Samples the bytea columns that are not registered; also how many columns were left out.
+pub fn sample_unregistered() -> Result<(Vec<Sampled>, usize)> {
+    let largest_first = format!(
+        "SELECT f.* FROM ({COLUMNS}) AS f (oid, attnum, attname) \
+           JOIN pg_catalog.pg_class c ON c.oid = f.oid::oid \
+          ORDER BY c.relpages DESC, c.oid, f.attnum::integer"
+    );
+    let columns = unregistered(sql::look(&largest_first, &[])?)?.into_iter();
+    sample(
+        columns
+            .map(|column| (column, String::new(), None))
+            .collect(),
+    )
+}
+
+/// Samples columns of a kind, or of either.
+fn sample(columns: Vec<(Column, String, Option<Holds>)>) -> Result<(Vec<Sampled>, usize)> {
+    let slots = stale::slots()?;
+    let snapshot = Snapshot::latest();
+    let (mut sampled, mut left) = (Vec::new(), 0);
+    let mut tables = HashSet::new();
+    for (column, context, kind) in columns {
+        tables.insert(column.table);
+        let table = (tables.len() <= SAMPLE_TABLES)
+            .then(|| Table::open_for_scan(column.table))
+            .flatten();
+        let Some(table) = table else {
+            left += 1;
+            continue;
+        };
+        if !table.stores_heap() {
+            continue;
+        }
+        let mut seen = Sampled {
+            table: column.table,
+            column: column.name,
+            context,
+            fingerprints: kind == Some(Holds::Fingerprints),
+            values: 0,
+            plain: 0,
+            unknown: 0,
+            closed: 0,
+            bound: 0,
+            slot: None,
+        };
+        for block in spread(table.blocks(), SAMPLE_BLOCKS) {
+            table.scan(
+                &snapshot,
+                block..block + 1,
+                &[column.attnum],
+                |_, values| {
+                    if let Some(datum) = values[0] {
+                        let slot = kind.map_or_else(|| named(datum), |kind| kind.slot(datum));
+                        let header = stale::header(datum).filter(|_| !seen.fingerprints);
+                        seen.count(slot, header.is_some_and(|h| h.context_bound), &slots);
+                    }
+                    true
+                },
+            );
+        }
+        sampled.push(seen);
+        pgrx::check_for_interrupts!();
+    }
+    Ok((sampled, left))
+}
+
+impl Sampled {
+    fn count(&mut self, slot: Option<SlotId>, bound: bool, slots: &stale::Slots) {
+        self.values += 1;
+        let Some(slot) = slot else {
+            self.plain += 1;
+            return;
+        };
+        self.bound += i64::from(bound);
+        match slots.standing(slot) {
+            Standing::Unknown => self.unknown += 1,
+            Standing::Closed => self.closed += 1,
+            Standing::Current | Standing::Stale => self.slot = Some(slot),
+        }
+    }
+}
+
+/// So many blocks of a table at most, evenly spread, the first and the last among them.
+fn spread(blocks: u32, count: u32) -> impl Iterator<Item = u32> {
+    let count = count.min(blocks);
+    let last = u64::from(blocks.saturating_sub(1));
+    (0..count).map(move |i| {
+        let at = last * u64::from(i) / u64::from(count.saturating_sub(1).max(1));
+        u32::try_from(at).unwrap_or(0)
+    })
 }
 
 fn header_of_hex(hex: &str) -> Option<Header> {

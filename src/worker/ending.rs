@@ -1,39 +1,53 @@
 //! Whether a drained slot may go: grace, quarantine, horizon, the second scan, unregistered places.
 //!
 //! Called by src/worker/drain.rs for after_drain, and by disable_slot and destroy_slot. Invariant
-//! I8: nothing that is older than the proof's horizon is left when the second scan begins, so that
-//! what it finds is all that will ever be copied.
+//! I8: nothing that is older than the proof's horizon is left when the second scan begins, and
+//! nothing that has written and not committed, so that what it finds is all that will ever be
+//! copied.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
 use rekey_core::envelope::SlotId;
 
 use super::elsewhere;
 use super::proof::{self, Verdict};
 use crate::catalog::read::SlotRow;
-use crate::catalog::work;
+use crate::catalog::{self, work};
 use crate::error::Result;
 use crate::ffi::table::{self, Table};
-use crate::ffi::{locks, sql};
-use crate::guc;
+use crate::ffi::{locks, session, sql};
 use crate::registry::Leaf;
+use crate::stale::{self, Standing};
+use crate::{failpoint, guc};
 
 /// Whether a drained slot may be disabled or destroyed now; None for yes, else why not. Makes the
 /// second scan: transactions older than the first one may have copied what they saw.
-pub fn may_go(slot: &SlotRow, leaves: &[Leaf], destroy: bool) -> Result<Option<String>> {
+pub fn may_go(
+    slot: &SlotRow,
+    leaves: &[Leaf],
+    destroy: bool,
+    ratio: Option<f64>,
+) -> Result<Option<String>> {
     if let Some(until) = work::grace_left(slot.id)? {
         return Ok(Some(format!("its grace lasts until {until}")));
     }
     for leaf in leaves {
-        let count = work::quarantined(leaf.table)?;
-        if count > 0 {
-            let name = table::name(leaf.table)?;
+        if Quarantine::of(std::slice::from_ref(leaf))?.holds(slot.id) {
+            let (name, count) = (table::name(leaf.table)?, work::quarantined(leaf.table)?);
             return Ok(Some(format!("{name} has {count} rows under quarantine")));
         }
     }
     if let Some(why) = horizon_passed(slot.id, leaves)? {
         return Ok(Some(why));
     }
+    if let Some(who) = writers_ended()? {
+        return Ok(Some(format!(
+            "older transactions have written and not ended: {who}"
+        )));
+    }
     let one = std::slice::from_ref(slot);
-    match proof::prove(leaves, one)? {
+    match proof::prove(leaves, one, ratio)? {
         Verdict::Clean(_) => {}
         Verdict::Stale(found) => {
             let mut places = Vec::new();
@@ -46,14 +60,44 @@ pub fn may_go(slot: &SlotRow, leaves: &[Leaf], destroy: bool) -> Result<Option<S
             )));
         }
         Verdict::Changed(table) => return Ok(Some(format!("{table} changed meanwhile"))),
-        Verdict::Unfinished(why) => return Ok(Some(why)),
+        Verdict::Unfinished(why) | Verdict::TooOld(why) => return Ok(Some(why)),
     }
+    failpoint::reach("end.scanned")?;
     if destroy && let Some(places) = elsewhere::of_slot(slot.id)? {
         return Ok(Some(format!(
             "unregistered columns hold values of it: {places}"
         )));
     }
     Ok(None)
+}
+
+/// The slots that rows under quarantine name, which nobody has dismissed.
+pub struct Quarantine {
+    slots: HashSet<SlotId>,
+    unknown: bool,
+}
+
+impl Quarantine {
+    /// That of these tables.
+    pub fn of(leaves: &[Leaf]) -> Result<Quarantine> {
+        let known = stale::slots()?;
+        let mut slots = HashSet::new();
+        for leaf in leaves {
+            for head in work::heads(leaf.table, false)? {
+                slots.extend(stale::slot_of(&head));
+            }
+        }
+        let unknown = slots
+            .iter()
+            .any(|slot| known.standing(*slot) == Standing::Unknown);
+        Ok(Quarantine { slots, unknown })
+    }
+
+    /// Whether a row stands in the way of a slot's proof: one that names it, or one that names no
+    /// slot of this database, whose header may have been altered.
+    pub fn holds(&self, slot: SlotId) -> bool {
+        self.unknown || self.slots.contains(&slot)
+    }
 }
 
 /// Whether everything that could have copied a stale value past the proof is gone: 55000 says what
@@ -64,12 +108,16 @@ fn horizon_passed(slot: SlotId, leaves: &[Leaf]) -> Result<Option<String>> {
     };
     if proof.identity != locks::identity() {
         return Ok(Some(
-            "its proof was made on another server or database, before a restore".to_string(),
+            "its proof was made on another server or database, before a restore; a drained slot is \
+             proved again, a disabled one after enable_slot"
+                .to_string(),
         ));
     }
-    for leaf in leaves {
-        let Some(table) = Table::open_for_scan(leaf.table) else {
-            return Ok(Some(format!("{} is locked", table::name(leaf.table)?)));
+    // Our own table stands for those that were registered when the proof was made.
+    let tables = leaves.iter().map(|leaf| leaf.table);
+    for oid in tables.chain([catalog::registered_column()?]) {
+        let Some(table) = Table::open_for_scan(oid) else {
+            return Ok(Some(format!("{} is locked", table::name(oid)?)));
         };
         if locks::oldest_visible(&table) < proof.horizon {
             drop(table);
@@ -79,12 +127,29 @@ fn horizon_passed(slot: SlotId, leaves: &[Leaf]) -> Result<Option<String>> {
     standbys_behind(&proof.lsn)
 }
 
+/// Waits a while for every transaction of this database that has written something by now; names
+/// those that have not ended. A statement that began before the proof may have copied stale values
+/// and ended: its transaction has no old snapshot any more, and the scan does not see what it has
+/// not committed. Whoever writes later reads what the scan reads.
+fn writers_ended() -> Result<Option<String>> {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let begin = Instant::now();
+    let writers = work::writers()?;
+    loop {
+        let left = work::name_writers(&writers)?;
+        if left.is_none() || begin.elapsed() > PATIENCE {
+            return Ok(left);
+        }
+        session::sleep_ms(20);
+    }
+}
+
 /// Names what still has a snapshot older than the horizon.
 fn old_transactions(horizon: u64) -> Result<String> {
     let old = "age(x) >= age($1::text::xid)";
     let named = sql::text(
         &format!(
-            "SELECT string_agg(who, ', ') FROM ( \
+            "SELECT string_agg(DISTINCT who, ', ') FROM ( \
                SELECT 'pid ' || pid AS who, x FROM pg_catalog.pg_stat_activity, \
                       LATERAL (VALUES (backend_xid), (backend_xmin)) AS v(x) \
                 WHERE x IS NOT NULL AND pid <> pg_catalog.pg_backend_pid() \
@@ -125,7 +190,16 @@ fn standbys_behind(lsn: &str) -> Result<Option<String>> {
             "standbys have not replayed the proof: {names}"
         )));
     }
-    let silent = sql::bigint(&format!("SELECT count(*) {SILENT}"), &[])?;
+    // One that is disconnected may still run queries, and sends its feedback to its slot.
+    let silent = sql::bigint(
+        &format!(
+            "SELECT (SELECT count(*) {SILENT}) \
+                  + (SELECT count(*) FROM pg_catalog.pg_replication_slots \
+                      WHERE slot_type = 'physical' AND NOT active AND restart_lsn IS NOT NULL \
+                        AND xmin IS NULL)"
+        ),
+        &[],
+    )?;
     let gone = sql::text(
         "SELECT string_agg(slot_name, ', ') FROM pg_catalog.pg_replication_slots \
           WHERE slot_type = 'physical' AND NOT active AND restart_lsn < $1::text::pg_lsn",

@@ -11,7 +11,7 @@
 use std::time::Duration;
 
 use pgrx::pg_sys::{self, Oid};
-use rekey_core::schedule::{self, Facts, Limits};
+use rekey_core::schedule::{self, Facts};
 
 use super::drain::{Drainer, Step, Worked};
 use super::throttle;
@@ -78,13 +78,17 @@ fn launch(running: &mut Vec<(u32, Started)>) -> Option<Duration> {
                     entry.wanted = false;
                     entry.due = 0;
                     entry.finished = false;
+                    entry.starved = false;
                 });
                 match Started::start(Oid::from_u32(entry.database)) {
                     Some(worker) => running.push((entry.database, worker)),
                     None => {
                         // All of max_worker_processes are taken: look again in a while.
                         let again = now + 5_000_000;
-                        shared::change(entry.database, |entry| entry.due = again);
+                        shared::change(entry.database, |entry| {
+                            entry.due = again;
+                            entry.starved = true;
+                        });
                         later = Some(again);
                     }
                 }
@@ -144,15 +148,20 @@ const FAILURES: u32 = 5;
 /// Works until nothing is left. What is due later stands on the board then.
 fn visit() {
     let database = background::database();
-    let there = background::transaction(|| {
-        let table = scan::relation(c"registered_column");
-        Ok(table.is_some_and(scan::belongs_to_us))
-    });
-    if !there.unwrap_or(false) {
-        shared::finish(database, None);
-        return;
+    let there = || {
+        let there = background::transaction(|| {
+            let table = scan::relation(c"registered_column");
+            Ok(table.is_some_and(scan::belongs_to_us))
+        });
+        there.unwrap_or(false)
+    };
+    while !there() {
+        // Wanted again meanwhile: by the commit of CREATE EXTENSION, perhaps.
+        if shared::finish(database, None) {
+            return;
+        }
     }
-    let mut drainer = Drainer::new(None, true).by_age();
+    let mut drainer = Drainer::new(None, true).in_background();
     for entry in shared::entries() {
         let suspects = entry.suspects.iter().filter(|(table, _)| *table != 0);
         for (table, deaths) in suspects.filter(|_| entry.database == database) {
@@ -161,7 +170,12 @@ fn visit() {
     }
     let mut throttle = throttle::Gauge::default();
     let mut failures = 0;
-    while guc::worker() {
+    loop {
+        // Not only when it sleeps: without rests it never does.
+        background::read_settings();
+        if !guc::worker() {
+            break;
+        }
         let wal = background::wal_written();
         let begin = std::time::Instant::now();
         let step = background::transaction(|| drainer.step());
@@ -172,7 +186,8 @@ fn visit() {
                 failures = 0;
                 background::report(&worked.what);
                 let facts = Facts {
-                    worked_ms,
+                    // The scan of a proof has rested already.
+                    worked_ms: worked.table.map_or(0, |_| worked_ms),
                     wal_bytes: background::wal_written() - wal,
                     ..Facts::default()
                 };
@@ -207,22 +222,28 @@ fn visit() {
             }
         }
     }
-    // Switched off: not a failure.
-    shared::finish(database, None);
+    // Switched off: not a failure, and no wish counts.
+    while !shared::finish(database, None) {}
 }
+
+/// A rest of so many milliseconds is worth a note.
+const LONG_REST: u64 = 1000;
 
 /// Rests after a batch: once for the work just done, and for as long as an alarm lasts.
 fn rest(worked: &Worked, mut facts: Facts, throttle: &mut throttle::Gauge) {
     loop {
         let read = background::transaction(|| throttle.read(&mut facts, worked.table));
-        let Some((ms, brake)) = read.ok().and_then(|()| schedule::rest(&facts, &limits())) else {
+        let Some((ms, brake)) = read
+            .ok()
+            .and_then(|()| schedule::rest(&facts, &throttle::limits()))
+        else {
             return;
         };
-        if brake.is_alarm() {
+        if ms >= LONG_REST {
             background::report(&format!("{}; rests: {}", worked.what, brake.words()));
             let table = worked.table.unwrap_or(pg_sys::InvalidOid);
             // For people only: that it could not be written stops nothing.
-            let _ = background::transaction(|| work::note(table, "", brake.words()));
+            let _ = background::transaction(|| work::put_off(table, brake.words()));
         }
         background::sleep(Some(Duration::from_millis(ms)));
         if !brake.is_alarm() || !guc::worker() {
@@ -230,15 +251,5 @@ fn rest(worked: &Worked, mut facts: Facts, throttle: &mut throttle::Gauge) {
         }
         facts.worked_ms = 0;
         facts.wal_bytes = 0;
-    }
-}
-
-fn limits() -> Limits {
-    Limits {
-        work_ratio: guc::work_ratio(),
-        wal_rate: guc::max_wal_rate_kb().map(|kb| kb * 1024),
-        lag_ms: guc::max_replication_lag_ms(),
-        dead_ratio: guc::max_dead_ratio(),
-        free_disk_mb: guc::min_free_disk_mb(),
     }
 }

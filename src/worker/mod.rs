@@ -1,8 +1,9 @@
 //! Re-encryption of stale rows and the proof that old slots are unused (design §9).
 //!
 //! `drain` says what comes next and does one step per transaction; the background worker and
-//! CALL rekey.reencrypt() both go through it. `rewrite` re-encrypts rows of one table, `barrier`
-//! waits for those that still seal under an old slot, `proof` scans; `backfill` fills live columns. What must survive a crash is
+//! CALL rekey.reencrypt() both go through it. `rewrite` re-encrypts rows of one table and has
+//! `refresh` make their stale fingerprints again, `barrier` waits for those that still seal under
+//! an old slot, `proof` scans; `backfill` fills live columns. What must survive a crash is
 //! in the catalog (catalog::work) and changes in the transaction of the work itself.
 
 pub mod backfill;
@@ -10,7 +11,9 @@ pub mod barrier;
 pub mod drain;
 pub mod elsewhere;
 pub mod ending;
+pub mod forecast;
 pub mod launcher;
 pub mod proof;
+pub mod refresh;
 pub mod rewrite;
 pub mod throttle;

@@ -3,13 +3,14 @@
 //! Called by src/worker/drain.rs, and by src/worker/ending.rs for the second scan. The
 //! tables' files, columns and leaves are recorded first and looked at again with every chunk:
 //! TRUNCATE and rewrites are not MVCC-safe, so that a scan across one would prove nothing. Between
-//! chunks no lock is held. Invariant: `Clean` means that the snapshot sees no envelope of the
-//! slots in any registered column, but for dismissed rows.
+//! chunks no lock is held. Invariant: `Clean` means that the snapshot sees no envelope or
+//! fingerprint of the slots in any registered column, but for dismissed rows.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use pgrx::pg_sys::{self, Oid};
+use rekey_core::schedule;
 use serde_json::{Value, json};
 
 use crate::catalog::read::SlotRow;
@@ -17,10 +18,10 @@ use crate::catalog::work;
 use crate::error::{Error, Result};
 use crate::ffi::sql;
 use crate::ffi::table::{self, Snapshot, Table, Tid};
-use crate::ffi::{locks, session};
-use crate::guc;
-use crate::registry::{self, Leaf};
-use crate::stale::{self, BySlot};
+use crate::ffi::{background, locks, session, shared};
+use crate::registry::{self, Leaf, LeafColumn};
+use crate::stale::{BySlot, Holds};
+use crate::{failpoint, guc};
 
 /// Blocks between two looks at the record: 4 MiB, so that an ALTER TABLE waits some milliseconds.
 const CHUNK: u32 = 512;
@@ -39,6 +40,8 @@ pub enum Verdict {
     Changed(String),
     /// It could not be finished: why.
     Unfinished(String),
+    /// Its snapshot became older than rekey.max_snapshot_age at this table.
+    TooOld(String),
 }
 
 /// What was recorded of a table.
@@ -49,14 +52,22 @@ struct Record {
     rows: i64,
 }
 
-/// Scans all leaves for envelopes of `slots`, for as long as rekey.max_snapshot_age allows.
-pub fn prove(leaves: &[Leaf], slots: &[SlotRow]) -> Result<Verdict> {
-    let scan = Scan {
+/// Scans all leaves for envelopes of `slots`, for as long as rekey.max_snapshot_age allows; with a
+/// ratio it works that share of the time.
+pub fn prove(leaves: &[Leaf], slots: &[SlotRow], ratio: Option<f64>) -> Result<Verdict> {
+    let mut scan = Scan {
         wanted: slots.iter().map(|slot| (slot.id, ())).collect(),
         snapshot: Snapshot::latest(),
         begin: Instant::now(),
+        since: background::now(),
         max_age: guc::max_snapshot_age(),
+        pace: Pace {
+            ratio,
+            worked_since: Instant::now(),
+            told_at: Instant::now(),
+        },
     };
+    failpoint::reach("proof.begun")?;
     let mut stale: Vec<(Oid, Vec<Tid>)> = Vec::new();
     let mut records = Vec::new();
     for leaf in leaves {
@@ -72,6 +83,7 @@ pub fn prove(leaves: &[Leaf], slots: &[SlotRow]) -> Result<Verdict> {
     if !stale.is_empty() {
         return Ok(Verdict::Stale(stale));
     }
+    failpoint::reach("proof.scanned")?;
     // Once more at the end: what was swapped behind the scan counts too.
     let (now, _) = registry::leaves()?;
     if !same(&now, leaves) {
@@ -96,18 +108,62 @@ struct Scan {
     wanted: BySlot<()>,
     snapshot: Snapshot,
     begin: Instant,
+    since: i64,
     max_age: Option<Duration>,
+    pace: Pace,
+}
+
+impl Drop for Scan {
+    fn drop(&mut self) {
+        shared::scanning(shared::Scan::default());
+    }
+}
+
+/// Rests between chunks, and words for whoever waits.
+struct Pace {
+    ratio: Option<f64>,
+    worked_since: Instant,
+    told_at: Instant,
+}
+
+impl Pace {
+    /// After a chunk: rests when enough has been worked for a rest to be worth it.
+    fn rest(&mut self) {
+        const WORTH_MS: u64 = 20;
+        let worked = self.worked_since.elapsed().as_millis();
+        let worked = u64::try_from(worked).unwrap_or(u64::MAX);
+        if let Some(ratio) = self.ratio
+            && worked >= WORTH_MS
+        {
+            let until = Instant::now() + Duration::from_millis(schedule::rest_ms(worked, ratio));
+            while let Some(left) = until.checked_duration_since(Instant::now()) {
+                let left = i64::try_from(left.as_millis()).unwrap_or(i64::MAX);
+                session::sleep_ms(left.saturating_add(1));
+            }
+            self.worked_since = Instant::now();
+        }
+    }
+
+    /// Every few seconds a session that waits for the proof hears of it.
+    fn tell(&mut self, name: &str, done: u32, blocks: u32) {
+        if self.told_at.elapsed() >= Duration::from_secs(5) {
+            let percent = 100 * u64::from(done) / u64::from(blocks.max(1));
+            pgrx::notice!("proof: {name}: {percent} %");
+            self.told_at = Instant::now();
+        }
+    }
 }
 
 impl Scan {
     /// Looks through one table.
     fn leaf(
-        &self,
+        &mut self,
         leaf: &Leaf,
         found: &mut Vec<Tid>,
     ) -> Result<std::result::Result<Record, Verdict>> {
         let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
-        let dismissed = work::dismissed(leaf.table)?;
+        let kinds: Vec<Holds> = leaf.columns.iter().map(LeafColumn::holds).collect();
+        let dismissed = work::heads(leaf.table, true)?;
         let name = table::name(leaf.table)?;
         let mut record: Option<Record> = None;
         let mut next = 0;
@@ -135,14 +191,15 @@ impl Scan {
                 &columns,
                 |tid, values| {
                     record.rows += 1;
-                    let names_one = |value: &Option<pg_sys::Datum>| {
+                    let names_one = |(value, kind): (&Option<pg_sys::Datum>, &Holds)| {
                         value.is_some_and(|datum| {
-                            stale::header(datum).is_some_and(|h| self.wanted.contains_key(&h.slot))
+                            kind.slot(datum)
+                                .is_some_and(|s| self.wanted.contains_key(&s))
                                 && (dismissed.is_empty()
-                                    || stale::head(datum).is_none_or(|h| !dismissed.contains(&h)))
+                                    || kind.head(datum).is_none_or(|h| !dismissed.contains(&h)))
                         })
                     };
-                    if values.iter().any(names_one) && found.len() < REMEMBERED {
+                    if values.iter().zip(&kinds).any(names_one) && found.len() < REMEMBERED {
                         found.push(tid);
                     }
                     true
@@ -151,13 +208,22 @@ impl Scan {
             next = end;
             drop(table);
             pgrx::check_for_interrupts!();
+            shared::scanning(shared::Scan {
+                since: self.since,
+                table: leaf.table.to_u32(),
+                done: next,
+                blocks: record.blocks,
+            });
+            failpoint::reach("proof.chunk")?;
             if self
                 .max_age
                 .is_some_and(|limit| self.begin.elapsed() > limit)
             {
                 let why = format!("the snapshot reached rekey.max_snapshot_age at {name}");
-                return Ok(Err(Verdict::Unfinished(why)));
+                return Ok(Err(Verdict::TooOld(why)));
             }
+            self.pace.tell(&name, next, record.blocks);
+            self.pace.rest();
         }
     }
 }

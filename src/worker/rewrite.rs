@@ -12,9 +12,9 @@ use std::ops::Range;
 use std::time::Instant;
 
 use pgrx::{PgSqlErrorCode as Code, pg_sys};
-use rekey_core::envelope::{Header, SlotId};
+use rekey_core::envelope::SlotId;
 
-use crate::cache;
+use super::refresh::Refresher;
 use crate::catalog::work::{self, Failure};
 use crate::error::{Error, Result};
 use crate::ffi::expression::Expression;
@@ -23,8 +23,9 @@ use crate::ffi::subtransaction::{Caught, subtransaction};
 use crate::ffi::table::{Snapshot, Table, Tid, Updated, Updater, columns_of};
 use crate::ffi::text;
 use crate::ffi::timer::Limit;
-use crate::registry::Leaf;
-use crate::stale::{self, Head, Slots, Standing};
+use crate::registry::{Leaf, LeafColumn};
+use crate::stale::{self, Head, Holds, Slots, Standing};
+use crate::{cache, failpoint};
 
 /// Longest time that the owner's code may take for one try, in milliseconds; once it was too long,
 /// for one row.
@@ -35,8 +36,8 @@ const HALVING_MS: u128 = 15_000;
 
 /// Where to look for stale rows.
 pub enum Source<'a> {
-    /// In these blocks.
-    Blocks(Range<u32>),
+    /// In these blocks, up to so many rows or the end of their block.
+    Blocks(Range<u32>, usize),
     /// At these places.
     Places(&'a [Tid]),
 }
@@ -44,9 +45,13 @@ pub enum Source<'a> {
 /// What a batch did.
 #[derive(Default)]
 pub struct Report {
+    /// The block at which it has stopped since there were rows enough before it.
+    pub stopped_at: Option<u32>,
     /// Rows looked at.
     pub scanned: i64,
-    /// Rows re-encrypted.
+    /// Rows among them that are to be changed.
+    pub found: usize,
+    /// Rows changed.
     pub rewritten: i64,
     /// Rows that somebody else had locked: to be tried again.
     pub locked: Vec<Tid>,
@@ -62,17 +67,21 @@ pub struct Report {
 pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report> {
     let mut report = Report::default();
     let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
-    let dismissed = work::dismissed(leaf.table)?;
+    let kinds: Vec<Holds> = leaf.columns.iter().map(LeafColumn::holds).collect();
+    let dismissed = work::heads(leaf.table, true)?;
     let places = match source {
         Source::Places(places) => places.to_vec(),
-        Source::Blocks(blocks) => find(
+        Source::Blocks(blocks, most) => find(
             table,
             blocks.clone(),
+            *most,
             &columns,
+            &kinds,
             &dismissed,
-            &mut report.scanned,
+            &mut report,
         )?,
     };
+    report.found = places.len();
     if places.is_empty() {
         return Ok(report);
     }
@@ -85,11 +94,15 @@ pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report
             text => Expression::prepare(table.relation(), text, &columns).map(Some),
         })
         .collect::<Result<Vec<_>>>()?;
+    let refreshers = leaf.columns.iter().map(|c| Refresher::prepare(leaf, c));
+    let refreshers = refreshers.collect::<Result<Vec<_>>>()?;
     let stale = Stale {
         leaf,
         table,
         columns: &columns,
+        kinds,
         contexts,
+        refreshers,
         dismissed,
     };
     let job = Job {
@@ -106,22 +119,46 @@ pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report
 fn find(
     table: &Table,
     blocks: Range<u32>,
+    most: usize,
     columns: &[i16],
+    kinds: &[Holds],
     dismissed: &HashSet<Head>,
-    scanned: &mut i64,
+    report: &mut Report,
 ) -> Result<Vec<Tid>> {
     let slots = stale::slots()?;
-    let snapshot = Snapshot::latest();
-    let mut places = Vec::new();
-    table.scan(&snapshot, blocks, columns, |tid, values| {
-        *scanned += 1;
-        let mut datums = values.iter().flatten();
-        if datums.any(|datum| concerned(&slots, dismissed, *datum).is_some()) {
+    let is_one = |values: &[Option<pg_sys::Datum>]| {
+        values.iter().zip(kinds).any(|(datum, kind)| {
+            datum.is_some_and(|datum| concerned(&slots, dismissed, *kind, datum).is_some())
+        })
+    };
+    Ok(gather(table, blocks, most, columns, report, is_one))
+}
+
+/// Rows of `blocks` of which `is_one` says that they are to be changed, up to so many or the end of
+/// their block.
+pub fn gather(
+    table: &Table,
+    blocks: Range<u32>,
+    most: usize,
+    columns: &[i16],
+    report: &mut Report,
+    is_one: impl Fn(&[Option<pg_sys::Datum>]) -> bool,
+) -> Vec<Tid> {
+    let mut places: Vec<Tid> = Vec::new();
+    table.scan(&Snapshot::latest(), blocks, columns, |tid, values| {
+        // Whole blocks: one whose rows stay stale would be begun again and again.
+        if places.len() >= most && places.last().is_some_and(|last| last.block < tid.block) {
+            report.stopped_at = Some(tid.block);
+            return false;
+        }
+        report.scanned += 1;
+        if is_one(values) {
             places.push(tid);
         }
         true
     });
-    Ok(places)
+    report.found = places.len();
+    places
 }
 
 /// What an error of the owner's code means for the batch.
@@ -247,6 +284,7 @@ impl Job<'_> {
                 attempt.failed.extend(bad.failure(place));
             }
             updater.finish();
+            failpoint::reach("rows.updated")?;
             Ok(attempt)
         });
         let passed = limit.passed();
@@ -264,7 +302,9 @@ struct Stale<'a> {
     leaf: &'a Leaf,
     table: &'a Table,
     columns: &'a [i16],
+    kinds: Vec<Holds>,
     contexts: Vec<Option<Expression>>,
+    refreshers: Vec<Option<Refresher>>,
     dismissed: HashSet<Head>,
 }
 
@@ -278,11 +318,12 @@ impl Stale<'_> {
         self.table
             .scan(&snapshot, block, self.columns, |tid, values| {
                 if tid == place {
-                    let concerned = |datum: &&pg_sys::Datum| {
-                        concerned(&slots, &self.dismissed, **datum).is_some()
-                    };
-                    let found = values.iter().flatten().filter(concerned);
-                    heads.extend(found.filter_map(|datum| stale::head(*datum)));
+                    for (value, kind) in values.iter().zip(&self.kinds) {
+                        let concerned =
+                            |datum| concerned(&slots, &self.dismissed, *kind, datum).map(|_| datum);
+                        let found = value.and_then(concerned);
+                        heads.extend(found.and_then(|datum| kind.head(datum)));
+                    }
                 }
                 tid <= place
             });
@@ -299,42 +340,60 @@ impl Stale<'_> {
         let slots = stale::slots()?;
         let mut changes = Vec::new();
         let values = columns_of(row, self.columns);
-        for (at, value) in values.into_iter().enumerate() {
-            let Some(datum) = value else { continue };
-            let Some(header) = concerned(&slots, &self.dismissed, datum) else {
+        for at in 0..values.len() {
+            let Some(datum) = values[at] else { continue };
+            let kind = self.kinds[at];
+            let Some(slot) = concerned(&slots, &self.dismissed, kind, datum) else {
                 continue;
             };
-            let context = match &self.contexts[at] {
-                Some(expression) if header.context_bound => expression.evaluate(row)?,
-                _ => None,
+            let context = |at: usize| match &self.contexts[at] {
+                Some(expression) => expression.evaluate(row).map(Option::unwrap_or_default),
+                None => Ok(Vec::new()),
             };
-            let context = context.unwrap_or_default();
-            match cache::reencrypt(text::detoasted(datum), &context) {
+            let fresh = match &self.refreshers[at] {
+                Some(refresher) => refresher.renew(datum, &values, context, &context(at)?),
+                None if stale::header(datum).is_some_and(|header| header.context_bound) => {
+                    cache::reencrypt(text::detoasted(datum), &context(at)?)
+                }
+                None => cache::reencrypt(text::detoasted(datum), b""),
+            };
+            match fresh {
                 Ok(Some(fresh)) => {
                     changes.push((self.leaf.columns[at].attnum, fresh));
-                    bad.changing.extend(stale::head(datum));
+                    bad.changing.extend(kind.head(datum));
                 }
                 Ok(None) => {}
                 Err(error @ (Error::RootKey(..) | Error::Random | Error::NoCatalog)) => {
                     return Err(error);
                 }
-                Err(error) => bad.add(header.slot, Caught(error.code()).sqlstate(), datum),
+                Err(error) => {
+                    bad.add(slot, Caught(error.code()).sqlstate(), kind.head(datum));
+                }
             }
         }
         Ok(changes)
     }
 }
 
-/// The header of an envelope that is to be re-encrypted or cannot be; None for everything else, and
-/// for what somebody has decided to do without.
-fn concerned(slots: &Slots, dismissed: &HashSet<Head>, datum: pg_sys::Datum) -> Option<Header> {
-    let header = stale::header(datum)?;
-    if slots.standing(header.slot) == Standing::Current {
+/// The slot of what is to be re-encrypted or made again, or cannot be; None for everything else,
+/// and for envelopes that somebody has decided to do without. A fingerprint is tried all the same:
+/// another row may have the same one, beside a value that opens.
+fn concerned(
+    slots: &Slots,
+    dismissed: &HashSet<Head>,
+    kind: Holds,
+    datum: pg_sys::Datum,
+) -> Option<SlotId> {
+    let slot = kind.slot(datum)?;
+    if slots.standing(slot) == Standing::Current {
         return None;
     }
-    let excused =
-        !dismissed.is_empty() && stale::head(datum).is_some_and(|head| dismissed.contains(&head));
-    (!excused).then_some(header)
+    let excused = kind == Holds::Envelopes
+        && !dismissed.is_empty()
+        && kind
+            .head(datum)
+            .is_some_and(|head| dismissed.contains(&head));
+    (!excused).then_some(slot)
 }
 
 /// What is wrong with one row: one entry, whatever the number of its columns.
@@ -346,9 +405,9 @@ pub struct Bad {
 }
 
 impl Bad {
-    fn add(&mut self, slot: SlotId, sqlstate: String, datum: pg_sys::Datum) {
+    fn add(&mut self, slot: SlotId, sqlstate: String, head: Option<Head>) {
         self.first.get_or_insert((Some(slot), sqlstate));
-        self.heads.extend(stale::head(datum));
+        self.heads.extend(head);
     }
 
     /// A value of the row cannot be had.

@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use pgrx::pg_sys::Oid;
-use rekey_core::schedule::Facts;
+use rekey_core::schedule::{Facts, Limits};
 
 use crate::error::Result;
 use crate::ffi::session;
@@ -37,6 +37,17 @@ impl Gauge {
     }
 }
 
+/// The settings.
+pub fn limits() -> Limits {
+    Limits {
+        work_ratio: guc::work_ratio(),
+        wal_rate: guc::max_wal_rate_kb().map(|kb| kb * 1024),
+        lag_ms: guc::max_replication_lag_ms(),
+        dead_ratio: guc::max_dead_ratio(),
+        free_disk_mb: guc::min_free_disk_mb(),
+    }
+}
+
 fn read(table: Option<Oid>) -> Result<Facts> {
     let standbys = guc::lag_standbys().map(|names| {
         let quoted = names.iter().map(|n| format!("\"{}\"", n.replace('"', "")));
@@ -49,9 +60,11 @@ fn read(table: Option<Oid>) -> Result<Facts> {
           WHERE $1::text IS NULL OR application_name = ANY ($1::text[])",
         &[Arg::OptionalText(standbys.as_deref())],
     )?;
+    // The failures of an archive that was given up since are history.
     let archiver = bigint(
         "SELECT count(*) FROM pg_catalog.pg_stat_archiver \
-          WHERE last_failed_time > coalesce(last_archived_time, '-infinity')",
+          WHERE last_failed_time > coalesce(last_archived_time, '-infinity') \
+            AND pg_catalog.current_setting('archive_mode') <> 'off'",
         &[],
     )?;
     let losing = bigint(

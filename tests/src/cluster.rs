@@ -21,6 +21,9 @@ use crate::{Ask, wait_until};
 /// The port in the socket's name; sockets of different clusters lie in different folders.
 const PORT: u16 = 5432;
 
+/// The advisory lock for which a failpoint waits, in the database of whoever reaches it.
+pub const GATE: i64 = 0x72_656b_6579;
+
 /// How each data directory is made.
 const INITDB: [&str; 8] = [
     "-U",
@@ -37,6 +40,7 @@ const INITDB: [&str; 8] = [
 #[derive(Clone, Debug)]
 pub struct Options {
     preload: bool,
+    archives: bool,
     settings: Vec<String>,
     programs: PathBuf,
 }
@@ -46,6 +50,7 @@ impl Options {
     pub fn preloaded() -> Options {
         Options {
             preload: true,
+            archives: false,
             settings: Vec::new(),
             programs: programs(),
         }
@@ -55,6 +60,7 @@ impl Options {
     pub fn unloaded() -> Options {
         Options {
             preload: false,
+            archives: false,
             settings: Vec::new(),
             programs: programs(),
         }
@@ -63,6 +69,12 @@ impl Options {
     /// Adds a line to postgresql.conf.
     pub fn set(mut self, line: &str) -> Options {
         self.settings.push(line.to_owned());
+        self
+    }
+
+    /// With an archive of its WAL, for [`Cluster::restore`].
+    pub fn archiving(mut self) -> Options {
+        self.archives = true;
         self
     }
 
@@ -115,6 +127,59 @@ impl Cluster {
         ));
         standby.boot();
         standby
+    }
+
+    /// Where a server with [`Options::archiving`] puts its WAL.
+    pub fn archive(&self) -> PathBuf {
+        self.dir.join("archive")
+    }
+
+    /// A base backup of this server, without WAL: that is in the archive.
+    pub fn base_backup(&self, name: &str) -> PathBuf {
+        let backup = self.dir.join(name);
+        run(as_server(self.bin("pg_basebackup"))
+            .args(["-X", "none", "-c", "fast", "--no-sync", "-d"])
+            .arg(self.conninfo("postgres"))
+            .arg("-D")
+            .arg(&backup));
+        backup
+    }
+
+    /// Names the present point in time, for `restore`, and waits until the archive has it.
+    pub fn restore_point(&self, client: &mut Client, name: &str) {
+        client.run(&format!("SELECT pg_create_restore_point('{name}')"));
+        let file = client.text("SELECT pg_walfile_name(pg_switch_wal())");
+        wait_until("the archive has the restore point", || {
+            client
+                .text("SELECT coalesce(max(last_archived_wal), '') FROM pg_stat_archiver")
+                .get(..24)
+                >= file.get(..24)
+        });
+    }
+
+    /// Another server: this one's base backup, recovered to a restore point and promoted, under a
+    /// copy of this one's root key file.
+    pub fn restore(&self, backup: &Path, point: &str) -> Cluster {
+        let restored = Cluster::in_new_folder(&self.programs);
+        run(as_server("cp").arg("-a").arg(backup).arg(restored.data()));
+        run(as_server("cp")
+            .arg("-p")
+            .args([self.root_key_file(), restored.root_key_file()]));
+        restored.append(&format!(
+            "unix_socket_directories = '{}'\nrekey.root_key_file = '{}'\narchive_mode = off\n\
+             restore_command = 'cp {}/%f %p'\nrecovery_target_name = '{point}'\n\
+             recovery_target_action = 'promote'",
+            restored.dir.display(),
+            restored.root_key_file().display(),
+            self.archive().display()
+        ));
+        restored.write_file(&restored.data().join("recovery.signal"), b"", 0o600);
+        restored.boot();
+        let mut client = restored.connect("postgres");
+        wait_until("the recovery has ended", || {
+            !client.truth("SELECT pg_is_in_recovery()")
+        });
+        restored
     }
 
     /// Stops this server and has pg_upgrade make another of it, of the major version and the
@@ -321,6 +386,28 @@ impl Cluster {
         signal("KILL", &pid.to_string());
     }
 
+    /// Has the next process that reaches a boundary of the engine `kill` itself, fail by an `error`
+    /// or `wait` for [`GATE`], once (src/failpoint.rs, debug builds).
+    pub fn arm(&self, boundary: &str, action: &str) {
+        let draft = self.data().join("rekey.failpoint.draft");
+        self.write_file(&draft, format!("{boundary} {action}").as_bytes(), 0o600);
+        fs::rename(draft, self.failpoint()).expect("an armed failpoint");
+    }
+
+    /// Whether nobody has reached what was armed.
+    pub fn is_armed(&self) -> bool {
+        self.failpoint().exists()
+    }
+
+    /// Takes back what was armed; false when somebody has reached it.
+    pub fn disarm(&self) -> bool {
+        fs::remove_file(self.failpoint()).is_ok()
+    }
+
+    fn failpoint(&self) -> PathBuf {
+        self.data().join("rekey.failpoint")
+    }
+
     /// Runs one of PostgreSQL's client programs against this cluster; its output, whatever its end.
     pub fn try_tool(&self, program: &str, args: &[&str], options: &str) -> Output {
         let mut command = as_server(self.bin(program));
@@ -402,6 +489,14 @@ impl Cluster {
         ));
         if options.preload {
             self.append("shared_preload_libraries = 'pg_rekey'");
+        }
+        if options.archives {
+            fs::create_dir(self.archive()).expect("the archive's folder");
+            give_to_server(&self.archive());
+            self.append(&format!(
+                "archive_mode = on\narchive_command = 'cp %p {}/%f'",
+                self.archive().display()
+            ));
         }
         for line in &options.settings {
             self.append(line);

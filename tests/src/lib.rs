@@ -1,10 +1,10 @@
 //! The harness of the black-box tests: throwaway PostgreSQL servers and plain questions in SQL.
 //!
 //! `cluster` starts, stops, crashes and copies servers; `sql` puts questions to them and judges
-//! refusals; `bytes` builds and takes apart envelopes by the published format. The tests in
-//! `tests/*.rs` know the extension only by its SQL surface. A test binary starts a server on first
-//! use and shares it among its tests, each in a database of its own. No test sleeps to synchronise:
-//! [`wait_until`] polls with a deadline.
+//! refusals; `page` runs the pages of docs/; `bytes` builds and takes apart envelopes by the
+//! published format. The tests in `tests/*.rs` know the extension only by its SQL surface. A test
+//! binary starts a server on first use and shares it among its tests, each in a database of its own.
+//! No test sleeps to synchronise: [`wait_until`] polls with a deadline.
 //!
 //! Environment: `REKEY_PG_BIN` is the folder of the server's programs (default: Debian's
 //! PostgreSQL 15), `REKEY_WORK` the work folder, `REKEY_LONG=1` asks for the long runs,
@@ -12,12 +12,14 @@
 
 pub mod bytes;
 pub mod cluster;
+pub mod page;
 pub mod sql;
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-pub use cluster::{Cluster, Database, Options, Tree};
+pub use cluster::{Cluster, Database, GATE, Options, Tree};
+pub use page::Page;
 pub use sql::{Ask, Refusal};
 
 /// How long a poll may take before a test fails. Generous: a loaded machine is not a bug.

@@ -276,6 +276,40 @@ fn an_old_snapshot_that_copies_a_stale_row_after_a_clean_scan_keeps_the_slot() {
 }
 
 #[test]
+fn a_copy_whose_statement_has_ended_and_whose_transaction_has_not_keeps_the_slot() {
+    let database = database("uncommitted_copy");
+    let (mut old, mut client) = (database.connect(), database.connect());
+    client.run("CREATE TABLE copy (LIKE t); SELECT rekey.register_column('copy', 'c')");
+    client.run("SELECT rotate_key('pii'); SELECT pg_advisory_lock(1)");
+    let copying = std::thread::spawn(move || {
+        // READ COMMITTED: its snapshot goes with the statement. Its transaction id is younger than
+        // the proof: it gets one with the first row, behind the lock.
+        old.run("BEGIN; INSERT INTO copy SELECT t.* FROM (SELECT pg_advisory_xact_lock(1)) l, t");
+        old
+    });
+    let waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+    wait_until("the statement has its snapshot", || {
+        client.number(waits) == 1
+    });
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    client.run("SELECT pg_advisory_unlock(1)");
+    let mut old = copying.join().expect("the copy");
+    let slot = old_slot(&mut client);
+    let pid = old.number("SELECT pg_backend_pid()");
+    refused(&mut client, "disable_slot", &slot, &format!("pid {pid}"));
+    // Prepared, it is as little at its end.
+    old.run("PREPARE TRANSACTION 'copy'");
+    refused(&mut client, "destroy_slot", &slot, "'copy'");
+    old.run("COMMIT PREPARED 'copy'");
+    refused(&mut client, "destroy_slot", &slot, "public.copy (10 rows)");
+    assert_eq!(
+        client.number("SELECT count(*) FROM copy WHERE decrypt_col(c) = shadow"),
+        10
+    );
+}
+
+#[test]
 fn an_update_of_another_column_behind_the_cursor_is_found_by_the_proof() {
     let database = database("behind");
     let (mut old, mut client) = (database.connect(), database.connect());
@@ -348,12 +382,10 @@ fn forty_keys_rotated_at_once_cost_one_pass_and_one_scan() {
         client.number("SELECT count(*) FROM rekey.slots WHERE state = 'drained'"),
         40
     );
-    assert_eq!(
-        client
-            .number("SELECT rows_scanned FROM rekey.progress WHERE table_name = 'many'::regclass"),
-        800,
-        "one pass"
-    );
+    // New versions that land in blocks ahead are looked at once more.
+    let scanned = client
+        .number("SELECT rows_scanned FROM rekey.progress WHERE table_name = 'many'::regclass");
+    assert!((800..1600).contains(&scanned), "one pass: {scanned}");
     assert_eq!(
         client
             .number("SELECT count(DISTINCT proof->>'at') FROM rekey.slots WHERE state = 'drained'"),
@@ -495,6 +527,59 @@ fn after_drain_acts_when_everything_is_past() {
         ["create_key", "rotate_key", "drain", "after_drain"]
     );
     assert_eq!(client.number(WRONG), 0);
+}
+
+#[test]
+fn find_envelopes_needs_its_own_privilege_and_no_other() {
+    let database = database("finders");
+    let mut client = database.connect();
+    client.run("CREATE TABLE stray AS SELECT c FROM t");
+    let finder = database.role("finder");
+    let mut finders = database.connect_as(&finder);
+    let find = "SELECT table_name FROM rekey.find_envelopes()";
+    finders.fail(find, "42501");
+    client.run(&format!(
+        "GRANT EXECUTE ON FUNCTION rekey.find_envelopes TO {finder}"
+    ));
+    assert_eq!(finders.column(find), ["public.stray"]);
+    finders.fail("SELECT rekey.envelope_places()", "42501");
+}
+
+#[test]
+fn a_registered_table_without_partitions_holds_nothing_and_no_registration_proves_nothing() {
+    let database = cluster().database("leafless");
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.create_key('pii', grace => '0'); SELECT rotate_key('pii');
+         CREATE TABLE p (id int, c bytea) PARTITION BY RANGE (id)",
+    );
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["previous", "active"]);
+    client.run("SELECT rekey.register_column('p', 'c')");
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!(
+        client.text("SELECT proof->'tables' FROM rekey.slots WHERE state = 'drained'"),
+        "[]"
+    );
+    // What was proved while something was registered may go, but not before older snapshots.
+    let mut older = database.connect();
+    older.run("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1");
+    client.run("SELECT rotate_key('pii')");
+    reencrypt(&mut client);
+    client.run("SELECT rekey.unregister_column('p', 'c')");
+    client.run("SELECT rekey.set_policy('pii', after_drain => 'disable')");
+    let newest = "SELECT state FROM rekey.slots WHERE version = 2";
+    let slot = client.text("SELECT slot_id::text FROM rekey.slots WHERE version = 2");
+    assert_eq!(client.text(newest), "drained");
+    reencrypt(&mut client);
+    assert_eq!(client.text(newest), "drained");
+    refused(&mut client, "disable_slot", &slot, "transactions still run");
+    older.run("COMMIT");
+    wait_until("the slot is disabled", || {
+        reencrypt(&mut client);
+        client.text(newest) == "disabled"
+    });
 }
 
 #[test]

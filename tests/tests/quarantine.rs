@@ -74,6 +74,39 @@ fn an_altered_value_is_set_aside_blocks_the_proof_and_is_dismissed_as_an_excepti
 }
 
 #[test]
+fn a_row_under_quarantine_holds_up_the_proof_of_its_own_slot_only() {
+    let database = database("own");
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.create_key('other', grace => '0');
+         CREATE TABLE u (id int PRIMARY KEY, c bytea);
+         INSERT INTO u SELECT i, encrypt_col('v' || i, 'other') FROM generate_series(1, 5) AS i;
+         SELECT rekey.register_column('u', 'c');
+         UPDATE t SET c = set_byte(c, 40, get_byte(c, 40) # 1) WHERE id = 7;
+         SELECT rotate_key('pii'); SELECT rotate_key('other')",
+    );
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(errors(&mut client), ["t 39000"]);
+    assert_eq!(states(&mut client), ["previous", "active"]);
+    let other = "SELECT state FROM rekey.slots WHERE key_name = 'other' ORDER BY version";
+    assert_eq!(client.column(other), ["drained", "active"]);
+    // Nothing is looked at again for the slot that is left.
+    let scanned = client.column("SELECT rows_scanned::text FROM rekey.progress ORDER BY 1");
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(
+        client.column("SELECT rows_scanned::text FROM rekey.progress ORDER BY 1"),
+        scanned
+    );
+    // An entry that names no slot of this database may have been any: it holds up all.
+    client.run(
+        "UPDATE u SET c = set_byte(c, 5, get_byte(c, 5) # 1) WHERE id = 1;
+         SELECT rotate_key('other')",
+    );
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(client.column(other), ["drained", "previous", "active"]);
+}
+
+#[test]
 fn a_dismissal_never_excuses_another_row_that_comes_to_lie_in_the_same_place() {
     let database = database("excuse");
     let mut client = database.connect();
@@ -342,4 +375,34 @@ fn code_that_swallows_every_cancel_delays_no_other_table() {
     wait_until("the table is tried again", || {
         states(&mut client) == ["drained", "active"]
     });
+}
+
+#[test]
+fn rows_beyond_the_room_of_the_quarantine_are_counted_and_listed_when_there_is_room() {
+    let database = database("room");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE k (id int PRIMARY KEY, c bytea);
+         INSERT INTO k SELECT i, encrypt_col('v' || i, 'pii', 'wrong')
+           FROM generate_series(1, 1200) AS i;
+         SELECT rekey.register_column('k', 'c', 'rekey.context(''k'', id::text)');
+         SELECT rotate_key('pii')",
+    );
+    client.run("CALL rekey.reencrypt()");
+    let counted = "SELECT rows_quarantined FROM rekey.progress WHERE table_name = 'k'::regclass";
+    let listed = "SELECT count(*) FROM rekey.errors WHERE table_name = 'k'::regclass";
+    assert_eq!(client.number(listed), 1000);
+    assert_eq!(client.number(counted), 1200);
+    client.run(
+        "DELETE FROM k USING rekey.errors e WHERE e.row_ref = k.ctid;
+         SELECT rekey.retry_quarantine()",
+    );
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(client.number(listed), 200);
+    assert_eq!(client.number(counted), 200);
+    assert_eq!(states(&mut client), ["previous", "active"]);
+    client.run("DELETE FROM k; SELECT rekey.retry_quarantine()");
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(client.number(counted), 0);
+    assert_eq!(states(&mut client), ["drained", "active"]);
 }

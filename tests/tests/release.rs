@@ -1,5 +1,6 @@
 //! What a release says about itself: META.json keeps the specification of PGXN's metadata 1.0.0, and
-//! every file that names the version names the same one. Needs no server.
+//! every file that names the version names the same one, and the tests that docs/invariants.md
+//! names are there. Needs no server.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -42,6 +43,31 @@ fn is_semantic(version: &str) -> bool {
         && parts
             .iter()
             .all(|part| part.parse::<u32>().is_ok_and(|n| n.to_string() == *part))
+}
+
+/// The invariants of docs/invariants.md.
+const INVARIANTS: usize = 15;
+
+#[test]
+fn every_invariant_names_tests_that_exist() {
+    let page = file("docs/invariants.md");
+    let mut sections = page.split("\n## I").skip(1);
+    for number in 1..=INVARIANTS {
+        let section = sections.next().expect("a section for each invariant");
+        assert!(section.starts_with(&format!("{number}. ")), "I{number}");
+        let names = section.split('`').skip(1).step_by(2);
+        let names: Vec<(&str, &str)> = names.filter_map(|name| name.split_once("::")).collect();
+        assert!(!names.is_empty(), "I{number} names no test");
+        for (stem, test) in names {
+            let folders = ["tests/tests", "core/tests", "pg_test"];
+            let found = folders.iter().any(|folder| {
+                let text = fs::read_to_string(root().join(folder).join(format!("{stem}.rs")));
+                text.is_ok_and(|text| text.contains(&format!("fn {test}(")))
+            });
+            assert!(found, "I{number}: there is no test {stem}::{test}");
+        }
+    }
+    assert!(sections.next().is_none(), "no other section");
 }
 
 #[test]

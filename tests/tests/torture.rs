@@ -1,5 +1,6 @@
 //! Nothing lost: clients write, a rotator rotates, the worker drains and destroys, and a killer
-//! kills -9 the worker, clients' backends and the postmaster, all at once, against an oracle.
+//! kills -9 the worker, clients' backends and the postmaster, at random and at the boundaries between
+//! two steps, all at once, against an oracle.
 //!
 //! The oracle: `shadow` holds in the same row what `c` seals, `mirror` repeats every row and is kept
 //! by the same transactions, `log` names each transaction, and each client remembers which of its
@@ -29,6 +30,25 @@ const ROWS: u64 = 2000;
 const PENDING: usize = 2;
 /// How long the slots may take to drain once nobody writes any more.
 const DRAIN: Duration = Duration::from_secs(120);
+
+/// The boundaries at which the killer has a process kill itself (src/failpoint.rs).
+const BOUNDARIES: [&str; 15] = [
+    "rotate.superseded",
+    "rotate.activated",
+    "step.begun",
+    "pass.begun",
+    "rows.updated",
+    "batch.rewritten",
+    "batch.advanced",
+    "barrier.captured",
+    "barrier.passed",
+    "proof.begun",
+    "proof.chunk",
+    "proof.scanned",
+    "slot.drained",
+    "end.scanned",
+    "slot.ended",
+];
 
 /// What the run must have seen, so that the checks are not vacuous.
 const ROTATIONS: u64 = 6;
@@ -98,6 +118,7 @@ struct Stage {
     rollbacks: AtomicU64,
     crashes: AtomicU64,
     postmasters: AtomicU64,
+    ambushes: AtomicU64,
     transactions: AtomicU64,
     checks: AtomicU64,
 }
@@ -510,8 +531,9 @@ fn kill(stage: &Stage) {
         } else {
             random.pause(1000, 3500);
         }
-        let done = match if turn < 3 { turn } else { random.below(5) } {
-            0 | 3 => strike(stage, &mut random, "backend_type = 'pg_rekey worker'"),
+        let done = match if turn < 4 { turn } else { random.below(8) } {
+            3 | 5..=7 => lie_in_wait(stage, &mut random),
+            0 => strike(stage, &mut random, "backend_type = 'pg_rekey worker'"),
             1 => {
                 stage.cluster.kill();
                 stage.cluster.boot();
@@ -526,6 +548,22 @@ fn kill(stage: &Stage) {
             drop(stage.session());
         }
     }
+}
+
+/// Has whoever next reaches one of the boundaries kill itself; whether somebody has.
+fn lie_in_wait(stage: &Stage, random: &mut Random) -> bool {
+    let mut client = stage.session();
+    let boundary = usize::try_from(random.below(BOUNDARIES.len() as u64)).expect("an index");
+    stage.cluster.arm(BOUNDARIES[boundary], "kill");
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while stage.cluster.is_armed() && !stage.is_calm() && Instant::now() < deadline {
+        sleep(Duration::from_millis(5));
+    }
+    if stage.cluster.disarm() {
+        return false;
+    }
+    add(&stage.ambushes);
+    crashed(&mut client)
 }
 
 /// kill -9 of one of these processes; whether the server has crashed of it.
@@ -551,9 +589,11 @@ fn strike(stage: &Stage, random: &mut Random, whom: &str) -> bool {
     let hit = Command::new("sh")
         .args(["-c", "kill -s KILL \"$0\" 2>/dev/null", pid])
         .status();
-    if !hit.expect("a shell").success() {
-        return false;
-    }
+    hit.expect("a shell").success() && crashed(&mut client)
+}
+
+/// Waits until the server has crashed; false if it does not.
+fn crashed(client: &mut Client) -> bool {
     let deadline = Instant::now() + PATIENCE;
     loop {
         if let Err(error) = client.simple_query("SELECT 1") {
@@ -663,6 +703,7 @@ fn nothing_is_lost_whatever_crashes() {
         rollbacks: AtomicU64::new(0),
         crashes: AtomicU64::new(0),
         postmasters: AtomicU64::new(0),
+        ambushes: AtomicU64::new(0),
         transactions: AtomicU64::new(0),
         checks: AtomicU64::new(0),
     };
@@ -678,6 +719,7 @@ fn storm(stage: &Stage, span: Duration) -> Vec<Writer<'_>> {
         get(&stage.rotations) >= ROTATIONS
             && get(&stage.crashes) >= CRASHES
             && get(&stage.postmasters) >= 1
+            && get(&stage.ambushes) >= 1
             && get(&stage.checks) >= CHECKS
     };
     thread::scope(|scope| {
@@ -801,12 +843,14 @@ fn reckon(stage: &Stage, mut writers: Vec<Writer<'_>>) {
     assert!(get(&stage.rotations) >= ROTATIONS && get(&stage.checks) >= CHECKS);
     assert!(get(&stage.crashes) >= CRASHES && get(&stage.postmasters) >= 1);
     eprintln!(
-        "torture: {} rotations, {} rolled back, {} crashes ({} of the postmaster), {} transactions, \
+        "torture: {} rotations, {} rolled back, {} crashes ({} of the postmaster, {} at a \
+         boundary), {} transactions, \
          {} left prepared, {} slots destroyed, {} checks on the way, {} s, seed {}",
         get(&stage.rotations),
         get(&stage.rollbacks),
         get(&stage.crashes),
         get(&stage.postmasters),
+        get(&stage.ambushes),
         get(&stage.transactions),
         left.len(),
         client.number(destroyed),

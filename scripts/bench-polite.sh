@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# bench-polite.sh: what re-encryption by the worker, with its default settings, costs others.
+# Called by `make bench-polite`; the SQL is bench/polite*.sql. A release build on a throwaway
+# cluster, durable as shipped. A pgbench load at a fixed rate, BENCH_RATE (200) transactions per
+# second, on the table of BENCH_ROWS (1000000) rows that is re-encrypted, in BENCH_ROUNDS (5) rounds of
+# BENCH_SECONDS (20) without and with a rotation. The status is not 0 when a target is missed.
+set -euo pipefail
+# shellcheck source=scripts/env.sh
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+# shellcheck source=scripts/cluster.sh
+. "$REKEY_ROOT/scripts/cluster.sh"
+
+rounds=${BENCH_ROUNDS:-5}
+rows=${BENCH_ROWS:-1000000}
+rate=${BENCH_RATE:-200}
+seconds=${BENCH_SECONDS:-20}
+
+"$REKEY_ROOT/scripts/build.sh" release
+CLUSTER_KEEP_LOG=$REKEY_WORK/bench-server.log
+cluster_start release "shared_buffers = 512MB" "max_wal_size = 4GB"
+sql_file "$REKEY_ROOT/bench/polite.sql" -v rows="$rows" >/dev/null
+
+calc() { awk "BEGIN { printf \"$1\", $2 }"; }
+previous() { sql "SELECT count(*) FROM rekey.slots WHERE state = 'previous'"; }
+passing() { sql "SELECT count(*) FROM rekey.progress WHERE phase = 'pass' AND percent < 100"; }
+drained() {
+    until [ "$(previous)" -eq 0 ]; do sleep 0.1; done
+}
+# The same beginning for all that is measured.
+calm() {
+    sql "VACUUM account"
+    sql "CHECKPOINT"
+}
+# Quickly: what is not measured need not be polite.
+finish() {
+    for setting in work_ratio=1 max_wal_rate=0; do sql "ALTER SYSTEM SET rekey.$setting"; done
+    sql "SELECT pg_reload_conf()" >/dev/null
+    drained
+    sql "ALTER SYSTEM RESET ALL"
+    sql "SELECT pg_reload_conf()" >/dev/null
+    calm
+}
+load() { # NAME SECONDS
+    "$CLUSTER_BIN/pgbench" -n -M prepared -c 8 -j 1 -R "$rate" -T "$2" -D rows="$rows" \
+        -f "$REKEY_ROOT/bench/polite-client.sql" -l --log-prefix="$SCRATCH/$1" >"$SCRATCH/$1.out" \
+        2>&1 || { cat "$SCRATCH/$1.out" >&2; die "pgbench failed"; }
+}
+# percentile NAME SHARE [UNTIL]: of the latencies in ms, from the moment that each transaction was
+# due, of transactions that ended before UNTIL, in seconds of the epoch.
+percentile() {
+    cat "$SCRATCH/$1".[0-9]* | awk -v until="${3:-9e9}" '$5 + $6 / 1e6 <= until { print $3 }' |
+        sort -n | awk -v share="$2" '{ v[NR] = $1 } END {
+            i = int(NR * share + 0.999999); if (i < 1) i = 1
+            printf "%.2f", v[i] / 1000 }'
+}
+
+say "$rows rows of 64 bytes, default settings, $rate transactions a second," \
+    "load of the machine $(cut -d' ' -f1 /proc/loadavg)"
+
+say "1. The drain of one rotation, nobody else there"
+calm
+size=$(sql "SELECT pg_relation_size('account')")
+lsn=$(sql "SELECT pg_current_wal_insert_lsn()")
+sql "SELECT rotate_key('pii')" >/dev/null
+drained
+took=$(sql "SELECT round(extract(epoch FROM drained_at - superseded_at), 2) FROM rekey.slots
+             WHERE state = 'drained' ORDER BY version DESC LIMIT 1")
+wal=$(sql "SELECT round((pg_current_wal_insert_lsn() - '$lsn') / $rows)")
+growth=$(sql "SELECT round(pg_relation_size('account') / $size::numeric, 3)")
+per_second=$(calc %.0f "$rows / $took")
+say "   $took s, $per_second rows a second, $wal bytes of WAL a row, the table grew to $growth times"
+say "   50 million rows: $(calc %.2f "5e7 / $per_second / 3600") hours," \
+    "$(calc %.1f "5e7 * $wal / 1e9") GB of WAL"
+
+say "2. Latency in ms without and with the worker, $rounds rounds of $seconds s each"
+for round in $(seq "$rounds"); do
+    load "without$round" "$seconds"
+    sql "CHECKPOINT" >/dev/null
+    sql "CALL polite.sample($seconds)" &
+    sql "SELECT rotate_key('pii')" >/dev/null
+    load "with$round" "$seconds"
+    wait $!
+    # Of a small table the drain ends before the load does.
+    until=$(sql "SELECT coalesce(max(extract(epoch FROM drained_at)), 0) FROM rekey.slots
+                  WHERE version = (SELECT max(version) - 1 FROM rekey.slots)")
+    [ "$(previous)" -eq 0 ] || until=9e9
+    a=$(percentile "without$round" 0.99)
+    b=$(percentile "with$round" 0.99 "$until")
+    calc '%.3f\n' "$b / $a" >>"$SCRATCH/ratios"
+    say "   p99 $a and $b, longest $(percentile "without$round" 1) and" \
+        "$(percentile "with$round" 1 "$until")"
+    finish
+done
+ratio=$(sort -g "$SCRATCH/ratios" | sed -n "$(((rounds + 1) / 2))p")
+waits=$(sql "SELECT count(*) FROM polite.wait")
+longest=$(sql "SELECT coalesce(round(max(ms)), 0) FROM polite.wait")
+
+say "3. ALTER TABLE in the middle"
+sql "SELECT rotate_key('pii')" >/dev/null
+while [ "$(previous)" -ne 0 ]; do
+    phase=proof pause=0.01
+    [ "$(passing)" -eq 0 ] || phase=pass pause=0.2
+    sql "SELECT polite.alter_ms()" >>"$SCRATCH/alter-$phase"
+    sleep $pause
+done
+touch "$SCRATCH/alter-pass" "$SCRATCH/alter-proof"
+for phase in pass proof; do
+    sort -g "$SCRATCH/alter-$phase" | awk -v phase=$phase '{ v[NR] = $1 } END { if (NR)
+        printf "   ms in the %s: median %.1f, longest %.1f of %d tries\n",
+            phase, v[int((NR + 1) / 2)], v[NR], NR }'
+done
+worst=$(sort -g "$SCRATCH"/alter-* | tail -1)
+
+missed=0
+# compare NAME VALUE OP TARGET
+compare() {
+    local verdict=ok
+    awk -v a="$2" -v b="$4" "BEGIN { exit !(a $3 b) }" || { verdict=SHORT missed=1; }
+    printf '%-66s %8s  wanted %s %-5s %s\n' "$1" "$2" "$3" "$4" "$verdict"
+}
+say "load of the machine $(cut -d' ' -f1 /proc/loadavg)"
+compare "p99 with the worker, times that without (median of $rounds)" "$ratio" "<=" 1.25
+compare "longest of $waits waits for the worker's locks, looked at every 50 ms (ms)" \
+    "$longest" "<=" 500
+# Two batches, and what a busy machine adds.
+compare "longest ALTER TABLE (ms)" "$worst" "<=" 300
+if [ "$missed" -ne 0 ]; then
+    CLUSTER_KEEP_LOG=
+    die "targets are missed"
+fi

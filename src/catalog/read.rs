@@ -265,7 +265,7 @@ pub struct LiveRow {
 }
 
 impl LiveRow {
-    /// The present number, in the row's own table, of the column that is read; None when it is gone.
+    /// The present number, in the row's own table, of the column that is read; None: it is gone.
     pub fn read_attnum(&self) -> Option<i16> {
         registry::place(self.table, &self.column.0, self.column.1, &self.stamp)
     }

@@ -1,7 +1,7 @@
 //! One expression over a row: the context of a registered column, or the source of a live one.
 //!
-//! Called by the registration, the triggers and src/worker/. Parsed as an index expression is, so that
-//! subqueries, aggregates and set-returning functions are refused by the parser itself, planned,
+//! Called by the registration, the triggers and src/worker/. Parsed as an index expression is, so
+//! that subqueries, aggregates and set-returning functions are refused by the parser itself, planned,
 //! and refused unless everything in it is IMMUTABLE. The caller has pinned the search path and
 //! acts as the table's owner: the expression is the owner's code.
 

@@ -66,7 +66,7 @@ stage_cluster() {
 
 stage_readme() {
     local page status=0
-    for page in README.md docs/search.md docs/monitoring.md; do
+    for page in README.md docs/search.md docs/live-columns.md docs/monitoring.md docs/development.md; do
         scripts/readme.sh "$page" || status=1
     done
     return $status

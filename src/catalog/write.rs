@@ -629,6 +629,25 @@ pub fn settle_registrations(table: pg_sys::Oid) -> Result<()> {
     .map(|_| ())
 }
 
+/// The same for the live columns of a table.
+fn settle_live_columns(table: pg_sys::Oid) -> Result<()> {
+    run(
+        "UPDATE rekey.live_column l \
+            SET column_name = a.attname::text, attnum = a.attnum, \
+                into_column = b.attname::text, into_attnum = b.attnum, \
+                stamp = rekey.table_stamp(l.table_name) \
+           FROM pg_catalog.pg_attribute a, pg_catalog.pg_attribute b \
+          WHERE l.table_name = $1::oid::regclass AND a.attrelid = $1 AND b.attrelid = $1 \
+            AND a.attnum = rekey.registered_attnum(l.table_name, l.column_name, l.attnum, l.stamp) \
+            AND b.attnum = rekey.registered_attnum( \
+                    l.table_name, l.into_column, l.into_attnum, l.stamp) \
+            AND (l.column_name <> a.attname::text OR l.into_column <> b.attname::text \
+                 OR l.stamp <> rekey.table_stamp(l.table_name))",
+        &[Arg::Oid(table)],
+    )
+    .map(|_| ())
+}
+
 /// `settle_registrations` for the tables that the current command has altered, in an event trigger.
 pub fn settle_altered_tables() -> Result<()> {
     let altered = rows(
@@ -639,14 +658,23 @@ pub fn settle_altered_tables() -> Result<()> {
     )?;
     for row in altered {
         let oid = row[0].as_deref().and_then(|oid| oid.parse().ok());
-        settle_registrations(oid.map_or(pg_sys::InvalidOid, pg_sys::Oid::from_u32))?;
+        let oid = oid.map_or(pg_sys::InvalidOid, pg_sys::Oid::from_u32);
+        settle_registrations(oid)?;
+        settle_live_columns(oid)?;
     }
     Ok(())
 }
 
 /// Forgets the tables that the current command drops.
 pub fn forget_dropped_tables() -> Result<()> {
-    for table in ["registered_column", "progress_state", "quarantine", "pause"] {
+    super::live::forget_dropped()?;
+    for table in [
+        "registered_column",
+        "progress_state",
+        "quarantine",
+        "pause",
+        "backfill_state",
+    ] {
         let sql = format!(
             "DELETE FROM rekey.{table} WHERE table_name::oid IN (SELECT objid \
                FROM pg_catalog.pg_event_trigger_dropped_objects() \

@@ -252,7 +252,7 @@ fn rest(worked: &Worked, mut facts: Facts, throttle: &mut throttle::Gauge) {
             background::report(&format!("{}; rests: {}", worked.what, brake.words()));
             let table = worked.table.unwrap_or(pg_sys::InvalidOid);
             // For people only: that it could not be written stops nothing.
-            let _ = background::transaction(|| work::note(table, "", brake.words()));
+            let _ = background::transaction(|| work::put_off(table, brake.words()));
         }
         background::sleep(Some(Duration::from_millis(ms)));
         if !brake.is_alarm() || !guc::worker() {

@@ -9,7 +9,7 @@ SHELL := /bin/bash
 # The stages share one target/ folder and one private PostgreSQL.
 .NOTPARALLEL:
 
-.PHONY: help demo bench bench-reencrypt bench-polite bench-search bench-tenants test test-all lint test-core test-pg test-regress test-cluster test-readme \
+.PHONY: help demo bench bench-reencrypt bench-live bench-polite bench-search bench-tenants test test-all lint test-core test-pg test-regress test-cluster test-readme \
 	test-examples test-providers fuzz torture build setup install package package-check clean
 
 help: ## list the targets (this text)
@@ -32,6 +32,9 @@ bench: setup ## compare speed with pgcrypto and sha256, against the targets
 
 bench-reencrypt: setup ## compare re-encryption and its proof with an UPDATE by hand
 	@scripts/bench-reencrypt.sh
+
+bench-live: setup ## seal a live column under load, and say how long the application waited
+	@scripts/bench-live.sh
 
 bench-polite: setup ## what the worker costs a workload on the same table, with its default settings
 	@scripts/bench-polite.sh

@@ -1,6 +1,6 @@
 -- The protected catalog: every table of the extension, its indexes, its dump marks.
 -- Only src/catalog/ reads and writes these tables. No row is inserted here: all but
--- barrier, progress_state and quarantine travel in dumps.
+-- barrier, progress_state, backfill_state and quarantine travel in dumps.
 
 CREATE SCHEMA rekey;
 COMMENT ON SCHEMA rekey IS 'pg_rekey: keys, slots, grants and the functions that administer them';
@@ -172,6 +172,66 @@ COMMENT ON COLUMN rekey.progress_state.started_at IS 'When the pass began';
 COMMENT ON COLUMN rekey.progress_state.updated_at IS 'When the last batch was committed';
 COMMENT ON COLUMN rekey.progress_state.rows_unlisted IS 'Rows that failed and that rekey.quarantine has no room for';
 
+CREATE TABLE rekey.live_column (
+    trigger_name text COLLATE "C" PRIMARY KEY,
+    table_name   regclass NOT NULL,
+    column_name  text COLLATE "C" NOT NULL,
+    into_column  text COLLATE "C" NOT NULL,
+    attnum       smallint NOT NULL,
+    into_attnum  smallint NOT NULL,
+    stamp        text NOT NULL,
+    direction    text NOT NULL CHECK (direction IN ('encrypt', 'decrypt')),
+    key_name     text COLLATE "C" NOT NULL DEFAULT '',
+    source       text NOT NULL DEFAULT '',
+    started_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    started_by   text NOT NULL DEFAULT current_user
+);
+COMMENT ON TABLE rekey.live_column IS 'Columns that are being encrypted, or decrypted, while they are in use';
+COMMENT ON COLUMN rekey.live_column.trigger_name IS 'Trigger of the table that keeps the two columns alike; the row goes with it';
+COMMENT ON COLUMN rekey.live_column.table_name IS 'Table';
+COMMENT ON COLUMN rekey.live_column.column_name IS 'Column that is read; kept up to date for dumps';
+COMMENT ON COLUMN rekey.live_column.into_column IS 'Column that is written; kept up to date for dumps';
+COMMENT ON COLUMN rekey.live_column.attnum IS 'Number of the column that is read, which follows a rename';
+COMMENT ON COLUMN rekey.live_column.into_attnum IS 'Number of the column that is written';
+COMMENT ON COLUMN rekey.live_column.stamp IS 'Server, OID and making of the table for which the numbers count';
+COMMENT ON COLUMN rekey.live_column.direction IS 'encrypt or decrypt';
+COMMENT ON COLUMN rekey.live_column.key_name IS 'Key to seal under; empty for decrypt';
+COMMENT ON COLUMN rekey.live_column.source IS 'Expression over the row that gives the value to seal; empty for the column itself. It may hold a key of pgcrypto: no view shows it';
+COMMENT ON COLUMN rekey.live_column.started_at IS 'When it began';
+COMMENT ON COLUMN rekey.live_column.started_by IS 'Who began it';
+
+CREATE TABLE rekey.backfill_state (
+    table_name     regclass PRIMARY KEY,
+    file_node      oid NOT NULL,
+    wave           text NOT NULL,
+    cursor_block   bigint NOT NULL DEFAULT 0,
+    blocks_left    bigint NOT NULL,
+    blocks_total   bigint NOT NULL,
+    rows_scanned   bigint NOT NULL DEFAULT 0,
+    rows_rewritten bigint NOT NULL DEFAULT 0,
+    rows_skipped   bigint NOT NULL DEFAULT 0,
+    phase          text NOT NULL DEFAULT 'backfill' CHECK (phase IN ('backfill', 'done')),
+    note           text NOT NULL DEFAULT '',
+    started_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    updated_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    rows_unlisted  bigint NOT NULL DEFAULT 0
+);
+COMMENT ON TABLE rekey.backfill_state IS 'How far the live columns of a table are filled; not dumped. The columns are those of rekey.progress_state';
+COMMENT ON COLUMN rekey.backfill_state.table_name IS 'Table, a leaf where it is partitioned';
+COMMENT ON COLUMN rekey.backfill_state.file_node IS 'File of the table for which the cursor counts';
+COMMENT ON COLUMN rekey.backfill_state.wave IS 'Triggers of the live columns that the pass serves';
+COMMENT ON COLUMN rekey.backfill_state.cursor_block IS 'Block at which the next batch begins';
+COMMENT ON COLUMN rekey.backfill_state.blocks_left IS 'Blocks that this pass has still to visit';
+COMMENT ON COLUMN rekey.backfill_state.blocks_total IS 'Blocks of the table when the pass began';
+COMMENT ON COLUMN rekey.backfill_state.rows_scanned IS 'Rows looked at';
+COMMENT ON COLUMN rekey.backfill_state.rows_rewritten IS 'Rows filled; not those that the trigger has filled';
+COMMENT ON COLUMN rekey.backfill_state.rows_skipped IS 'Rows that this pass could not fill, and another one looks at';
+COMMENT ON COLUMN rekey.backfill_state.phase IS 'backfill or done';
+COMMENT ON COLUMN rekey.backfill_state.note IS 'What it waits for';
+COMMENT ON COLUMN rekey.backfill_state.started_at IS 'When the first pass began';
+COMMENT ON COLUMN rekey.backfill_state.updated_at IS 'When the last batch was committed';
+COMMENT ON COLUMN rekey.backfill_state.rows_unlisted IS 'None: a row that fails stays unfilled, and is looked at again';
+
 CREATE TABLE rekey.pause (
     table_name   regclass PRIMARY KEY,
     paused_until timestamptz NOT NULL DEFAULT 'infinity',
@@ -258,6 +318,8 @@ SELECT pg_catalog.pg_extension_config_dump('rekey.root_key', '');
 SELECT pg_catalog.pg_extension_config_dump('rekey.key_grant',
     'WHERE grantee = 0 OR EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = grantee)');
 SELECT pg_catalog.pg_extension_config_dump('rekey.registered_column',
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = table_name)');
+SELECT pg_catalog.pg_extension_config_dump('rekey.live_column',
     'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = table_name)');
 SELECT pg_catalog.pg_extension_config_dump('rekey.audit_log', '');
 SELECT pg_catalog.pg_extension_config_dump('rekey.audit_id', '');

@@ -332,7 +332,7 @@ CREATE FUNCTION rekey.find_envelopes() RETURNS TABLE (table_name text, column_na
            AS p(table_name text, column_name text, slot_id bigint, envelopes bigint)
 $$;
 COMMENT ON FUNCTION rekey.find_envelopes() IS
-    'Envelopes in bytea columns, materialized views and defaults that nobody has registered; reads every table';
+    'Envelopes and fingerprints in bytea columns, materialized views and defaults that nobody has registered; reads every table';
 
 CREATE FUNCTION rekey.rotation_forecast(key_name text) RETURNS text
     LANGUAGE c STABLE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'rotation_forecast_wrapper';
@@ -340,7 +340,7 @@ COMMENT ON FUNCTION rekey.rotation_forecast(text) IS
     'What explain_rotation returns, as JSON';
 
 CREATE FUNCTION rekey.explain_rotation(key_name text DEFAULT '') RETURNS TABLE (item text, object text, figure text, note text)
-    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT f.item, f.object, f.figure, f.note
       FROM ROWS FROM (pg_catalog.jsonb_to_recordset(rekey.rotation_forecast(key_name)::jsonb)
                AS (item text, object text, figure text, note text)) WITH ORDINALITY
@@ -377,6 +377,34 @@ CREATE FUNCTION rekey.disable_touch(table_name regclass) RETURNS void
 COMMENT ON FUNCTION rekey.disable_touch(regclass) IS
     'Ends what enable_touch() began';
 
+-- Live columns: from plaintext to envelopes and back while the table is in use.
+
+CREATE FUNCTION rekey.encrypt_column(table_name regclass, column_name name, into_column name,
+        key_name text DEFAULT '', context text DEFAULT '', source text DEFAULT '') RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'encrypt_column_wrapper';
+COMMENT ON FUNCTION rekey.encrypt_column(regclass, name, name, text, text, text) IS
+    'Begins to seal a live column: adds into_column, registers it with its context, and has every write sealed into it as well; the worker fills the other rows. source: an expression over the row that gives the value, for a column that is not in the clear';
+
+CREATE FUNCTION rekey.finish_encrypt_column(table_name regclass, column_name name) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'finish_encrypt_column_wrapper';
+COMMENT ON FUNCTION rekey.finish_encrypt_column(regclass, name) IS
+    'Ends what encrypt_column() began, once every row is sealed and opens to the same value; the old column stays, for you to drop';
+
+CREATE FUNCTION rekey.decrypt_column(table_name regclass, column_name name, into_column name) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'decrypt_column_wrapper';
+COMMENT ON FUNCTION rekey.decrypt_column(regclass, name, name) IS
+    'Begins to open a registered column: adds into_column, of type text unless it is there, and has every write opened into it as well; the worker fills the other rows';
+
+CREATE FUNCTION rekey.finish_decrypt_column(table_name regclass, column_name name) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'finish_decrypt_column_wrapper';
+COMMENT ON FUNCTION rekey.finish_decrypt_column(regclass, name) IS
+    'Ends what decrypt_column() began, once every row is opened, and unregisters the sealed column, for you to drop';
+
+CREATE FUNCTION rekey.live() RETURNS trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'live_wrapper';
+COMMENT ON FUNCTION rekey.live() IS
+    'Trigger of encrypt_column and decrypt_column: keeps one column of a row up to date with another';
+
 -- Views.
 
 CREATE FUNCTION rekey.write_view() RETURNS trigger
@@ -408,7 +436,7 @@ COMMENT ON FUNCTION rekey.table_visible(regclass) IS
 
 CREATE FUNCTION rekey.proof_scan(table_name regclass, OUT since timestamptz, OUT blocks_done bigint,
         OUT blocks bigint) RETURNS record
-    LANGUAGE c VOLATILE PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'proof_scan_wrapper';
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'proof_scan_wrapper';
 COMMENT ON FUNCTION rekey.proof_scan(regclass) IS
     'Since when the worker scans for a proof, and how far it is in the table it is at (for its owner and pg_monitor)';
 

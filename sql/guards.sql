@@ -27,6 +27,9 @@ CREATE TRIGGER refuse_direct_change BEFORE UPDATE OR DELETE OR TRUNCATE ON rekey
     FOR EACH STATEMENT EXECUTE FUNCTION rekey.refuse_direct_change();
 CREATE TRIGGER refuse_direct_change BEFORE UPDATE OR DELETE OR TRUNCATE ON rekey.registered_column
     FOR EACH STATEMENT EXECUTE FUNCTION rekey.refuse_direct_change();
+CREATE TRIGGER refuse_direct_change BEFORE UPDATE OR DELETE OR TRUNCATE ON rekey.live_column
+    FOR EACH STATEMENT EXECUTE FUNCTION rekey.refuse_direct_change();
+COMMENT ON TRIGGER refuse_direct_change ON rekey.live_column IS 'It goes with the trigger that serves it';
 COMMENT ON TRIGGER refuse_direct_change ON rekey.registered_column IS 'A column that is forgotten is a column that no proof looks at';
 COMMENT ON TRIGGER refuse_direct_change ON rekey.key IS 'Changes go through the functions of rekey';
 COMMENT ON TRIGGER refuse_direct_change ON rekey.key_slot IS 'Changes go through the functions of rekey';
@@ -81,6 +84,11 @@ CREATE TRIGGER stamp_registration BEFORE INSERT ON rekey.registered_column
 ALTER TABLE rekey.registered_column ENABLE ALWAYS TRIGGER stamp_registration;
 COMMENT ON TRIGGER stamp_registration ON rekey.registered_column IS
     'A restored registration gets the numbers of the restored table';
+CREATE TRIGGER stamp_registration BEFORE INSERT ON rekey.live_column
+    FOR EACH ROW EXECUTE FUNCTION rekey.stamp_registration();
+ALTER TABLE rekey.live_column ENABLE ALWAYS TRIGGER stamp_registration;
+COMMENT ON TRIGGER stamp_registration ON rekey.live_column IS
+    'A restored live column gets the numbers of the restored table';
 
 -- A publication FOR ALL TABLES carries the catalog too. Its rows must never stop an apply worker at a
 -- subscriber that has a root key, keys or an audit log of its own: what is here stays.
@@ -97,7 +105,7 @@ BEGIN
         RETURN NEW;
     ELSIF NOT pg_replication_origin_session_is_setup() THEN
         RETURN CASE TG_OP WHEN 'DELETE' THEN OLD ELSE NEW END;
-    ELSIF TG_TABLE_NAME IN ('progress_state', 'pause', 'quarantine') THEN
+    ELSIF TG_TABLE_NAME IN ('progress_state', 'backfill_state', 'pause', 'quarantine') THEN
         -- How far the publisher's worker is says nothing here.
         RETURN NULL;
     ELSIF TG_TABLE_NAME = 'root_key' THEN
@@ -132,6 +140,8 @@ BEGIN
     ELSIF TG_TABLE_NAME = 'registered_column' THEN
         known := EXISTS (SELECT FROM rekey.registered_column c
                  WHERE c.table_name = NEW.table_name AND c.column_name = NEW.column_name);
+    ELSIF TG_TABLE_NAME = 'live_column' THEN
+        known := EXISTS (SELECT FROM rekey.live_column l WHERE l.trigger_name = NEW.trigger_name);
     END IF;
     RETURN CASE WHEN NOT known OR TG_OP = 'UPDATE' THEN NEW END;
 END
@@ -147,7 +157,8 @@ DECLARE
     fires record;
 BEGIN
     FOR fires IN VALUES ('key', 'INSERT'), ('slot_wrap', 'INSERT'), ('key_grant', 'INSERT'),
-                        ('registered_column', 'INSERT'), ('root_key', 'INSERT OR UPDATE'),
+                        ('registered_column', 'INSERT'), ('live_column', 'INSERT'),
+                        ('backfill_state', 'INSERT OR UPDATE OR DELETE'), ('root_key', 'INSERT OR UPDATE'),
                         ('key_slot', 'INSERT OR UPDATE'), ('progress_state', 'INSERT OR UPDATE OR DELETE'),
                         ('pause', 'INSERT OR UPDATE OR DELETE'), ('quarantine', 'INSERT OR UPDATE OR DELETE')
     LOOP
@@ -175,10 +186,10 @@ COMMENT ON EVENT TRIGGER pg_rekey_follow_renames IS
 CREATE FUNCTION rekey.forget_dropped() RETURNS event_trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'forget_dropped_wrapper';
 COMMENT ON FUNCTION rekey.forget_dropped() IS
-    'Event trigger: a dropped table takes its registration with it, so that no later table inherits it by its OID';
+    'Event trigger: a dropped table takes its registration with it, so that no later table inherits it by its OID; a dropped trigger its live column';
 CREATE EVENT TRIGGER pg_rekey_forget_dropped ON sql_drop
-    WHEN TAG IN ('DROP TABLE', 'DROP SCHEMA', 'DROP OWNED', 'DROP EXTENSION', 'DROP TYPE', 'ALTER TABLE')
+    WHEN TAG IN ('DROP TABLE', 'DROP SCHEMA', 'DROP OWNED', 'DROP EXTENSION', 'DROP TYPE', 'DROP TRIGGER', 'ALTER TABLE')
     EXECUTE FUNCTION rekey.forget_dropped();
 ALTER EVENT TRIGGER pg_rekey_forget_dropped ENABLE ALWAYS;
 COMMENT ON EVENT TRIGGER pg_rekey_forget_dropped IS
-    'A dropped table takes its registration with it';
+    'A dropped table takes its registration with it, a dropped trigger its live column';

@@ -50,7 +50,7 @@ END
 $$;
 GRANT USAGE ON SCHEMA rekey TO PUBLIC;
 GRANT SELECT ON rekey.keys, rekey.slots, rekey.grants, rekey.root_keys, rekey.audit, rekey.columns,
-    rekey.progress, rekey.errors TO PUBLIC;
+    rekey.progress, rekey.errors, rekey.live_columns TO PUBLIC;
 -- For monitoring systems, on any server: changes nothing, shows no value and no key.
 GRANT EXECUTE ON FUNCTION rekey.check(), rekey.check_findings() TO pg_monitor;
 GRANT SELECT ON rekey.metrics TO pg_monitor;

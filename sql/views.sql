@@ -111,7 +111,7 @@ SELECT p.table_name,
        p.rows_rewritten,
        p.rows_skipped,
        (SELECT count(*) FROM rekey.quarantine q
-         WHERE q.table_name = p.table_name AND q.dismissed_at IS NULL)
+         WHERE q.table_name = p.rotates AND q.dismissed_at IS NULL)
            + p.rows_unlisted AS rows_quarantined,
        CASE WHEN p.updated_at > p.started_at THEN
            (p.rows_scanned / extract(epoch FROM p.updated_at - p.started_at))::bigint
@@ -128,8 +128,10 @@ SELECT p.table_name,
        p.started_at,
        p.updated_at,
        pg_catalog.clock_timestamp() - n.since AS snapshot_age
-  FROM rekey.progress_state p
-  CROSS JOIN LATERAL rekey.proof_scan(p.table_name) AS n
+  -- A proof scans for a rotation, never for live columns.
+  FROM (SELECT s.*, s.table_name AS rotates FROM rekey.progress_state s
+        UNION ALL SELECT s.*, NULL FROM rekey.backfill_state s) AS p
+  CROSS JOIN LATERAL rekey.proof_scan(p.rotates) AS n
   CROSS JOIN LATERAL (SELECT CASE
            WHEN n.blocks IS NOT NULL THEN round(100.0 * n.blocks_done / greatest(n.blocks, 1), 1)
            WHEN p.blocks_total = 0 OR p.blocks_left = 0 THEN 100.0
@@ -142,7 +144,27 @@ SELECT p.table_name,
                         AND z.paused_until > clock_timestamp()
                       ORDER BY z.table_name::oid LIMIT 1) AS z ON true
  WHERE rekey.table_visible(p.table_name);
-COMMENT ON VIEW rekey.progress IS 'How far re-encryption of each table is, and what it waits for (for the tables'' owners and pg_monitor)';
+COMMENT ON VIEW rekey.progress IS 'How far re-encryption of each table is, and the filling of its live columns, and what they wait for (for the tables'' owners and pg_monitor)';
+
+CREATE VIEW rekey.live_columns WITH (security_barrier) AS
+SELECT l.table_name,
+       coalesce(a.attname::text, l.column_name) AS column_name,
+       coalesce(b.attname::text, l.into_column) AS into_column,
+       l.direction,
+       nullif(l.key_name, '') AS key_name,
+       l.source <> '' AS has_source,
+       l.trigger_name,
+       l.started_at,
+       l.started_by
+  FROM rekey.live_column l
+  LEFT JOIN pg_catalog.pg_attribute a
+         ON a.attrelid = l.table_name::oid AND NOT a.attisdropped
+        AND a.attnum = rekey.registered_attnum(l.table_name, l.column_name, l.attnum, l.stamp)
+  LEFT JOIN pg_catalog.pg_attribute b
+         ON b.attrelid = l.table_name::oid AND NOT b.attisdropped
+        AND b.attnum = rekey.registered_attnum(l.table_name, l.into_column, l.into_attnum, l.stamp)
+ WHERE rekey.table_visible(l.table_name);
+COMMENT ON VIEW rekey.live_columns IS 'Columns that are being encrypted, or decrypted, while they are in use (for the tables'' owners and pg_monitor)';
 
 CREATE VIEW rekey.errors WITH (security_barrier) AS
 SELECT q.quarantine_id, q.table_name, q.row_ref, q.slot_id, q.sqlstate, q.tries, q.first_try,
@@ -387,7 +409,7 @@ COMMENT ON COLUMN rekey.columns.sealed_key IS 'Key of the sealed values';
 COMMENT ON COLUMN rekey.columns.normalise IS 'Expression over the value, $1, that is fingerprinted; NULL for the value as it is';
 
 COMMENT ON COLUMN rekey.progress.table_name IS 'Table, a leaf where it is partitioned';
-COMMENT ON COLUMN rekey.progress.phase IS 'pass, barrier, proof, done or paused';
+COMMENT ON COLUMN rekey.progress.phase IS 'pass, barrier, proof, done or paused; backfill while live columns are filled, done afterwards';
 COMMENT ON COLUMN rekey.progress.percent IS 'Share of the table''s blocks that the pass has visited; during a proof, of the table it is at, what it has scanned';
 COMMENT ON COLUMN rekey.progress.bar IS 'The same as a bar';
 COMMENT ON COLUMN rekey.progress.rows_scanned IS 'Rows looked at';
@@ -400,6 +422,16 @@ COMMENT ON COLUMN rekey.progress.waits_for IS 'What it waits for: a session by p
 COMMENT ON COLUMN rekey.progress.started_at IS 'When the pass began';
 COMMENT ON COLUMN rekey.progress.updated_at IS 'When the last batch was committed';
 COMMENT ON COLUMN rekey.progress.snapshot_age IS 'During a proof: the age of its snapshot, which holds back vacuum';
+
+COMMENT ON COLUMN rekey.live_columns.table_name IS 'Table';
+COMMENT ON COLUMN rekey.live_columns.column_name IS 'Column that is read';
+COMMENT ON COLUMN rekey.live_columns.into_column IS 'Column that is written';
+COMMENT ON COLUMN rekey.live_columns.direction IS 'encrypt or decrypt';
+COMMENT ON COLUMN rekey.live_columns.key_name IS 'Key that values are sealed under';
+COMMENT ON COLUMN rekey.live_columns.has_source IS 'Whether an expression gives the values, instead of the column itself';
+COMMENT ON COLUMN rekey.live_columns.trigger_name IS 'Trigger that keeps the two columns alike';
+COMMENT ON COLUMN rekey.live_columns.started_at IS 'When it began';
+COMMENT ON COLUMN rekey.live_columns.started_by IS 'Who began it';
 
 COMMENT ON COLUMN rekey.errors.quarantine_id IS 'Number of the entry, for dismiss_quarantine';
 COMMENT ON COLUMN rekey.errors.table_name IS 'Table';

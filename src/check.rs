@@ -29,7 +29,7 @@ enum Probe {
 }
 
 /// All probes, with what they look at.
-const PROBES: [(&str, Probe); 16] = [
+const PROBES: [(&str, Probe); 17] = [
     ("root keys", Probe::Code(root_keys)),
     ("the preload", Probe::Code(preload)),
     ("triggers", Probe::Sql(check::GUARDS)),
@@ -44,6 +44,7 @@ const PROBES: [(&str, Probe); 16] = [
     ("superseded slots", Probe::Sql(check::UNPROVED)),
     ("progress", Probe::Sql(check::PROGRESS)),
     ("pauses", Probe::Sql(check::PAUSES)),
+    ("live columns", Probe::Sql(check::LIVE)),
     ("the worker", Probe::Code(worker)),
     ("grants", Probe::Sql(check::GRANTS)),
 ];

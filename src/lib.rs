@@ -13,9 +13,10 @@
 //! | `transfer` | keys to another database and back |
 //! | `standbys` | waiting until they have replayed what was committed |
 //! | `worker` | re-encryption of stale rows, and the proof that a slot is unused |
-//! | `typed` | values of any type as payloads, and back |
+//! | `typed`, `sealing` | values of any type as payloads, payloads as envelopes, and back |
 //! | `check` | what is wrong with the set-up, and what to do about it |
 //! | `registry` | registered columns as they stand now |
+//! | `live` | columns that are being sealed, or opened, while they are in use |
 //! | `root_key` | where root keys come from |
 //! | `catalog` | the only place that knows our tables |
 //! | `guc`, `error` | settings; the one table of errors |
@@ -33,9 +34,11 @@ mod failpoint;
 mod ffi;
 mod guc;
 mod lifecycle;
+mod live;
 mod registry;
 mod root_key;
 mod root_rotation;
+mod sealing;
 mod stale;
 mod standbys;
 mod transfer;

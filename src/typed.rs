@@ -1,9 +1,10 @@
 //! Typed payloads (kind 2): a value's type name and text form, and back to a value.
 //!
-//! Called by encrypt_col(anyelement) and decrypt_col_as. What a call site needs to know of a type
-//! is looked up once per query. Invariant: text is always kind 0 and bytea kind 1, whichever
-//! overload they came by, and a domain is sealed as its base type.
+//! Called by encrypt_col(anyelement), decrypt_col_as and live columns. What is looked up of a type
+//! lives in the memory context in which it was first asked for. Invariant: text is always kind 0
+//! and bytea kind 1, whichever overload they came by, and a domain is sealed as its base type.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::ffi::CString;
 
@@ -11,7 +12,7 @@ use pgrx::pg_sys;
 use rekey_core::envelope::{Kind, split_typed, typed_prefix};
 
 use crate::error::{Error, Result};
-use crate::ffi::call::Call;
+use crate::ffi::call::Memory;
 use crate::ffi::text::{self, Varlena};
 use crate::ffi::types::{self, Cast, Function};
 
@@ -30,7 +31,7 @@ pub enum Sealable {
 
 impl Sealable {
     /// Looks a type up; 22023 for one that cannot be sealed.
-    pub fn of(call: &Call, type_oid: pg_sys::Oid) -> Result<Sealable> {
+    pub fn of(type_oid: pg_sys::Oid) -> Result<Sealable> {
         let base = types::base_type(type_oid);
         match base {
             pg_sys::TEXTOID => return Ok(Sealable::Plain(Kind::Text)),
@@ -42,10 +43,28 @@ impl Sealable {
         }
         let name = types::sealed_name(base);
         let prefix = typed_prefix(&name).ok_or(Error::RefusedType(name, "its name is too long"))?;
-        let output = call.for_the_query(|| Function::output_of(base));
+        let output = Function::output_of(base);
         Ok(Sealable::Typed { prefix, output })
     }
+
+    /// What is sealed of a value.
+    #[inline]
+    pub fn payload(&self, value: pg_sys::Datum) -> Result<Payload<'_>> {
+        Ok(match self {
+            Sealable::Plain(Kind::Text) => {
+                (Kind::Text, &[], text::to_utf8(text::detoasted(value))?)
+            }
+            Sealable::Plain(kind) => (*kind, &[], Cow::Borrowed(text::detoasted(value))),
+            Sealable::Typed { prefix, output } => {
+                let form = output.output(value)?.to_bytes();
+                (Kind::Typed, prefix, text::to_utf8(form)?)
+            }
+        })
+    }
 }
+
+/// What is sealed of a value: the kind, the prefix, and the body, in UTF-8 where it is text.
+pub type Payload<'a> = (Kind, &'a [u8], Cow<'static, [u8]>);
 
 /// The text form of an opened payload, whatever its kind.
 pub fn text_form(kind: Kind, mut value: Varlena) -> Result<pg_sys::Datum> {
@@ -64,6 +83,7 @@ pub fn text_form(kind: Kind, mut value: Varlena) -> Result<pg_sys::Datum> {
 pub struct Target {
     type_oid: pg_sys::Oid,
     base: pg_sys::Oid,
+    home: Memory,
     source: RefCell<Option<Source>>,
 }
 
@@ -92,6 +112,7 @@ impl Target {
         Ok(Target {
             type_oid,
             base,
+            home: Memory::current(),
             source: RefCell::new(None),
         })
     }
@@ -107,7 +128,7 @@ impl Target {
     }
 
     /// The value of an opened payload.
-    pub fn value(&self, call: &Call, kind: Kind, payload: &[u8]) -> Result<pg_sys::Datum> {
+    pub fn value(&self, kind: Kind, payload: &[u8]) -> Result<pg_sys::Datum> {
         let (name, body) = match kind {
             Kind::Text => ("text", payload),
             Kind::Bytea => ("bytea", payload),
@@ -118,7 +139,7 @@ impl Target {
             .as_ref()
             .is_none_or(|s| s.sealed_name != name.as_bytes())
         {
-            let conversion = self.conversion(call, kind, name)?;
+            let conversion = self.conversion(kind, name)?;
             *source = Some(Source {
                 sealed_name: name.as_bytes().to_vec(),
                 conversion,
@@ -151,7 +172,7 @@ impl Target {
         Ok(value)
     }
 
-    fn conversion(&self, call: &Call, kind: Kind, name: &str) -> Result<Conversion> {
+    fn conversion(&self, kind: Kind, name: &str) -> Result<Conversion> {
         let sealed = match kind {
             Kind::Text => pg_sys::TEXTOID,
             Kind::Bytea => pg_sys::BYTEAOID,
@@ -165,11 +186,13 @@ impl Target {
         if sealed == pg_sys::BYTEAOID && self.base == pg_sys::BYTEAOID {
             return Ok(Conversion::Bytes);
         }
-        let input_of = |oid| call.for_the_query(|| Function::input_of(oid));
+        let input_of = |oid| self.home.within(|| Function::input_of(oid));
         if sealed == self.base {
             return Ok(Conversion::Input(input_of(sealed), None));
         }
-        let cast = call.for_the_query(|| types::cast_between(sealed, self.base))?;
+        let cast = self
+            .home
+            .within(|| types::cast_between(sealed, self.base))?;
         match cast {
             Some(Cast::Relabel) => Ok(Conversion::Input(input_of(sealed), None)),
             Some(Cast::By(function)) if sealed != pg_sys::TEXTOID => {

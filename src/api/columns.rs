@@ -12,7 +12,7 @@ use rekey_core::keyring::Privilege;
 
 use super::grants::require;
 use super::keys::{key_name, key_or_default};
-use super::touch;
+use super::{live, touch};
 use crate::catalog::write::{self, Audit};
 use crate::catalog::{evidence, read, work};
 use crate::error::{Error, Result};
@@ -27,7 +27,7 @@ use crate::stale::Holds;
 use crate::worker::drain::{Drainer, Step};
 use crate::worker::{elsewhere, forecast, refresh};
 
-fn object(code: Code, message: String, detail: &str, hint: &str) -> Error {
+pub(super) fn object(code: Code, message: String, detail: &str, hint: &str) -> Error {
     Error::Object(code, message, detail.to_string(), hint.to_string())
 }
 
@@ -153,7 +153,7 @@ fn check(oid: Oid, column: &str, context: &str, fire_triggers: bool) -> Result<i
 }
 
 /// Registers a column of the current user's table, of envelopes or of fingerprints.
-fn register(
+pub(super) fn register(
     action: &str,
     oid: Oid,
     column: &str,
@@ -161,6 +161,7 @@ fn register(
     fire_triggers: bool,
     fingerprint: Option<&read::FingerprintRow>,
 ) -> Result<()> {
+    write::settle_registrations(oid)?;
     let name = table::name(oid)?;
     let again = || {
         object(
@@ -214,7 +215,6 @@ fn register_column(fcinfo: FunctionCallInfo) -> Reply {
         let context = call.required_text(2, "context")?;
         let fire_triggers = call.required_bool(3, "fire_triggers")?;
         own(oid)?;
-        write::settle_registrations(oid)?;
         register(
             "register_column",
             oid,
@@ -241,7 +241,6 @@ fn register_fingerprint(fcinfo: FunctionCallInfo) -> Reply {
         let normalise = call.required_text(5, "normalise")?;
         let context = call.required_text(6, "context")?;
         own(oid)?;
-        write::settle_registrations(oid)?;
         for (key, seals, purpose, privilege) in [
             (&key, false, "lookup", Privilege::Encrypt),
             (&sealed_key, true, "seal", Privilege::Decrypt),
@@ -298,21 +297,28 @@ fn unregister_column(fcinfo: FunctionCallInfo) -> Reply {
         let oid = call.required_oid(0, "table_name")?;
         let column = call.required_name(1, "column_name")?;
         own(oid)?;
-        let name = table::name(oid)?;
-        let number = relation::column_number(oid, &column).unwrap_or(0);
-        if !write::delete_registration(oid, &column, number)? {
-            return Err(object(
-                Code::ERRCODE_UNDEFINED_OBJECT,
-                format!("column \"{column}\" of {name} is not registered"),
-                "rekey.columns shows what is.",
-                "Name a registered column.",
-            ));
-        }
-        touch::follow(oid)?;
-        Audit::act("unregister_column", None, &format!("{name}.{column}")).record()?;
-        hooks::wake_on_commit();
+        live::refuse_live(oid, &column)?;
+        unregister(oid, &column)?;
         Ok(Reply::void())
     })
+}
+
+/// Ends the registration of a column of a table that the current user owns.
+pub(super) fn unregister(oid: Oid, column: &str) -> Result<()> {
+    let name = table::name(oid)?;
+    let number = relation::column_number(oid, column).unwrap_or(0);
+    if !write::delete_registration(oid, column, number)? {
+        return Err(object(
+            Code::ERRCODE_UNDEFINED_OBJECT,
+            format!("column \"{column}\" of {name} is not registered"),
+            "rekey.columns shows what is.",
+            "Name a registered column.",
+        ));
+    }
+    touch::follow(oid)?;
+    Audit::act("unregister_column", None, &format!("{name}.{column}")).record()?;
+    hooks::wake_on_commit();
+    Ok(())
 }
 
 /// Trigger before a registration is stored, by register_column or by a restore.
@@ -322,22 +328,36 @@ fn stamp_registration(fcinfo: FunctionCallInfo) -> Reply {
         let trigger = TriggerCall::of(&call)
             .filter(|trigger| trigger.is_before_store() && scan::belongs_to_us(trigger.table()))
             .ok_or_else(|| Error::Internal("called outside its trigger".to_string()))?;
-        let row = read::registered_row(|attribute| {
-            columns_of(trigger.new_row(), &[attribute]).pop().flatten()
-        })?;
-        let (Some(attnum), Some(stamp)) = (registry::attnum(&row), registry::stamp(row.table))
-        else {
+        let datum = |attribute| columns_of(trigger.new_row(), &[attribute]).pop().flatten();
+        let mut sealed = None;
+        let (table, numbers, of) = if trigger.table_name() == "live_column" {
+            // The worker goes on with it where it was restored.
+            hooks::wake_on_commit();
+            let row = read::live_row(datum)?;
+            let (at, into, of) = read::LIVE_STAMP;
+            let numbers = [(at, row.read_attnum()), (into, row.written_attnum())];
+            (row.table, numbers.to_vec(), of)
+        } else {
+            let row = read::registered_row(datum)?;
+            let (at, of, sealed_at) = read::STAMP;
+            sealed = registry::sealed_attnum(&row).map(|number| (sealed_at, number));
+            (row.table, vec![(at, registry::attnum(&row))], of)
+        };
+        let Some(stamp) = registry::stamp(table) else {
             return Ok(trigger.store_with(&[]));
         };
-        let (at, of, sealed_at) = read::STAMP;
-        let mut numbers = vec![
-            (at, pg_sys::Datum::from(attnum)),
-            (of, text::text_datum(&stamp)?),
-        ];
-        if let Some(sealed) = registry::sealed_attnum(&row) {
-            numbers.push((sealed_at, pg_sys::Datum::from(sealed)));
+        let mut changes = Vec::new();
+        for (at, number) in numbers {
+            let Some(number) = number else {
+                return Ok(trigger.store_with(&[]));
+            };
+            changes.push((at, Some(pg_sys::Datum::from(number))));
         }
-        Ok(trigger.store_with(&numbers))
+        if let Some((at, number)) = sealed {
+            changes.push((at, Some(pg_sys::Datum::from(number))));
+        }
+        changes.push((of, Some(text::text_datum(&stamp)?)));
+        Ok(trigger.store_with(&changes))
     })
 }
 
@@ -477,7 +497,7 @@ fn resume(fcinfo: FunctionCallInfo) -> Reply {
                 "rekey.progress shows what is paused.".to_string(),
             ));
         }
-        work::note(table, "", "")?;
+        work::put_off(table, "")?;
         Audit::act("resume", None, &described(table, "")?).record()?;
         hooks::wake_on_commit();
         Ok(Reply::void())

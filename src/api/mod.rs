@@ -7,6 +7,7 @@ mod fingerprint;
 mod grants;
 mod headers;
 mod keys;
+mod live;
 mod open;
 mod root_keys;
 mod seal;

@@ -6,11 +6,11 @@ use pgrx::pg_sys::FunctionCallInfo;
 use pgrx::prelude::*;
 use rekey_core::envelope::{Envelope, Kind};
 
-use crate::cache;
 use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
 use crate::ffi::hooks;
-use crate::ffi::text::{self, Varlena};
+use crate::ffi::text;
+use crate::sealing::open;
 use crate::typed::{Target, text_form};
 
 #[pg_extern(sql = false)]
@@ -56,7 +56,7 @@ fn open_as_type(call: &Call, bytes: &[u8]) -> Result<Reply> {
     let context = utf8_context(call.bytes(2))?;
     let target = match call.remembered::<Target>() {
         Some(known) => known,
-        None => call.remember(Target::of(call.arg_type(1))?),
+        None => call.remember(call.for_the_query(|| Target::of(call.arg_type(1)))?),
     };
     let envelope = Envelope::parse(bytes)?;
     let mut value = open(&envelope, &context)?;
@@ -66,7 +66,7 @@ fn open_as_type(call: &Call, bytes: &[u8]) -> Result<Reply> {
     {
         return Ok(Reply::datum(value.finish()));
     }
-    target.value(call, kind, value.data()).map(Reply::datum)
+    target.value(kind, value.data()).map(Reply::datum)
 }
 
 #[inline]
@@ -75,22 +75,4 @@ fn utf8_context(context: Option<&[u8]>) -> Result<Cow<'_, [u8]>> {
         Some(context) => text::to_utf8(context),
         None => Err(Error::NullArgument("context")),
     }
-}
-
-/// Opens the envelope into a varlena of its own. The payload stays there.
-#[inline]
-fn open(envelope: &Envelope<'_>, context: &[u8]) -> Result<Varlena> {
-    let mut value = Varlena::allocate(envelope.ciphertext.len())?;
-    value.data().copy_from_slice(envelope.ciphertext);
-    let header = envelope.header_bytes;
-    cache::open(envelope, context, |subkey| {
-        subkey.open_in_place(
-            envelope.counter,
-            header,
-            context,
-            value.data(),
-            envelope.tag,
-        )
-    })?;
-    Ok(value)
 }

@@ -1,17 +1,17 @@
-//! encrypt_col: a value into an envelope, in one allocation.
+//! encrypt_col: a value of any type into an envelope, under the key and context of the call.
 
 use std::borrow::Cow;
 
 use pgrx::pg_sys::FunctionCallInfo;
 use pgrx::prelude::*;
-use rekey_core::envelope::{CIPHERTEXT_AT, HEADER_LEN, Kind, OVERHEAD, SALT_LEN};
+use rekey_core::envelope::Kind;
 
-use crate::cache::{self, Sealer};
 use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
 use crate::ffi::hooks;
-use crate::ffi::text::{self, Varlena};
+use crate::ffi::text;
 use crate::guc;
+use crate::sealing;
 use crate::typed::Sealable;
 
 #[pg_extern(sql = false)]
@@ -45,21 +45,10 @@ fn encrypt_col_anyelement(fcinfo: FunctionCallInfo) -> Reply {
         hooks::keep_statement_out_of_log();
         let sealable = match call.remembered::<Sealable>() {
             Some(known) => known,
-            None => call.remember(Sealable::of(&call, call.arg_type(0))?),
+            None => call.remember(call.for_the_query(|| Sealable::of(call.arg_type(0)))?),
         };
-        match sealable {
-            Sealable::Plain(Kind::Text) => seal(
-                &call,
-                Kind::Text,
-                &[],
-                &text::to_utf8(text::detoasted(value))?,
-            ),
-            Sealable::Plain(kind) => seal(&call, *kind, &[], text::detoasted(value)),
-            Sealable::Typed { prefix, output } => {
-                let form = output.output(value)?.to_bytes();
-                seal(&call, Kind::Typed, prefix, &text::to_utf8(form)?)
-            }
-        }
+        let (kind, prefix, body) = sealable.payload(value)?;
+        seal(&call, kind, prefix, &body)
     })
 }
 
@@ -88,25 +77,5 @@ fn seal(call: &Call, kind: Kind, prefix: &[u8], body: &[u8]) -> Result<Reply> {
         return Err(Error::NullArgument("context"));
     };
     let context: Cow<'_, [u8]> = text::to_utf8(context)?;
-    let len = prefix.len() + body.len();
-    let mut envelope = Varlena::allocate(OVERHEAD + len)?;
-    let bytes = envelope.data();
-    bytes[CIPHERTEXT_AT..CIPHERTEXT_AT + prefix.len()].copy_from_slice(prefix);
-    bytes[CIPHERTEXT_AT + prefix.len()..CIPHERTEXT_AT + len].copy_from_slice(body);
-    cache::seal(key, kind, !context.is_empty(), len, |sealer| {
-        let Sealer {
-            header,
-            salt,
-            counter,
-            subkey,
-        } = sealer;
-        let header = header.to_bytes();
-        bytes[..HEADER_LEN].copy_from_slice(&header);
-        bytes[HEADER_LEN..HEADER_LEN + SALT_LEN].copy_from_slice(&salt);
-        bytes[HEADER_LEN + SALT_LEN..CIPHERTEXT_AT].copy_from_slice(&counter);
-        let payload = &mut bytes[CIPHERTEXT_AT..CIPHERTEXT_AT + len];
-        let tag = subkey.seal_in_place(&counter, &header, &context, payload);
-        bytes[CIPHERTEXT_AT + len..].copy_from_slice(&tag);
-    })?;
-    Ok(Reply::datum(envelope.finish()))
+    sealing::seal(key, &context, kind, prefix, body).map(Reply::datum)
 }

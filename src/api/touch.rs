@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
 use crate::ffi::expression::Expression;
 use crate::ffi::session::{self, ActAs};
-use crate::ffi::subtransaction::subtransaction;
+use crate::ffi::subtransaction::{Caught, subtransaction};
 use crate::ffi::table::{self, columns_of};
 use crate::ffi::trigger::TriggerCall;
 use crate::ffi::{relation, text};
@@ -186,19 +186,21 @@ enum Context {
     Unusable,
 }
 
-/// Runs code of the table's owner as its owner; None when it fails. Whoever updates the row has
-/// nothing to do with that; but a cancel, or a server in need, is his affair.
-fn as_owner<R>(trigger: &TriggerCall, body: impl FnOnce() -> Result<R>) -> Result<Option<R>> {
+/// Runs code of the table's owner as its owner; the inner error is its own. Whoever updates the row
+/// has nothing to do with that; but a cancel, or a server in need, is his affair.
+pub(super) fn as_owner<R>(
+    trigger: &TriggerCall,
+    body: impl FnOnce() -> R,
+) -> Result<std::result::Result<R, Caught>> {
     let outcome = subtransaction(|| {
         let _act_as = ActAs::restricted(trigger.table_owner());
         body()
     });
     match outcome {
-        Ok(result) => Ok(result.ok()),
-        Err(caught) if matches!(&caught.sqlstate()[..2], "53" | "57" | "58" | "XX") => {
+        Err(caught) if caught.is_grave() || caught.sqlstate().starts_with("XX") => {
             Err(Error::Owner(caught.0))
         }
-        Err(_) => Ok(None),
+        outcome => Ok(outcome),
     }
 }
 
@@ -223,6 +225,8 @@ impl Plan {
                 text => as_owner(trigger, || {
                     Expression::prepare(trigger.relation(), text, &plan.columns)
                 })?
+                .ok()
+                .and_then(Result::ok)
                 .map_or(Context::Unusable, Context::Of),
             });
         }
@@ -271,7 +275,7 @@ fn touch(fcinfo: FunctionCallInfo) -> Reply {
             // An Err is a value that does not open, or a root key that is not there: not the
             // affair of whoever updates the row.
             if let Ok(Some(fresh)) = cache::reencrypt(text::detoasted(datum), &context) {
-                changes.push((plan.columns[at], fresh));
+                changes.push((plan.columns[at], Some(fresh)));
             }
         }
         Ok(trigger.store_with(&changes))
@@ -281,15 +285,15 @@ fn touch(fcinfo: FunctionCallInfo) -> Reply {
 /// The context of the row, unless the statement changes it, or it is NULL or cannot be had: the
 /// envelope is then bound to what the row was, and is left to whoever has changed that.
 fn unchanged_context(trigger: &TriggerCall, expression: &Expression) -> Result<Option<Vec<u8>>> {
-    let contexts = as_owner(trigger, || {
+    let contexts = as_owner(trigger, || -> Result<_> {
         let context = expression.evaluate(trigger.new_row())?;
         let old = trigger.old_row().map(|row| expression.evaluate(row));
         Ok((old.transpose()?, context))
     })?;
     Ok(match contexts {
-        Some((Some(old), new)) if old != new => None,
-        Some((_, new)) => new,
-        None => None,
+        Ok(Ok((Some(old), new))) if old != new => None,
+        Ok(Ok((_, new))) => new,
+        Ok(Err(_)) | Err(_) => None,
     })
 }
 

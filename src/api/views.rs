@@ -393,7 +393,7 @@ impl Plan {
             let now = self.contexts(&row)?;
             if let Some(at) = sealed
                 .iter()
-                .find(|at| !view::same(pg_sys::TEXTOID, now[**at], sealed_for[**at]))
+                .find(|at| !types::same(pg_sys::TEXTOID, now[**at], sealed_for[**at]))
             {
                 return Err(Error::State(
                     format!(
@@ -410,7 +410,7 @@ impl Plan {
                 ));
             }
         }
-        Ok(trigger.give_with(&changes))
+        Ok(trigger.store_with(&changes))
     }
 
     fn insert(&self, trigger: &TriggerCall) -> Result<Reply> {
@@ -502,10 +502,10 @@ impl Plan {
         let changed: Vec<usize> = (0..self.columns.len())
             .filter(|at| {
                 let column = &self.columns[*at];
-                !view::same(column.type_oid, old[*at], new[*at])
+                !types::same(column.type_oid, old[*at], new[*at])
                     || column.is_sealed()
                         && new[*at].is_some()
-                        && !view::same(pg_sys::TEXTOID, before[*at], after[*at])
+                        && !types::same(pg_sys::TEXTOID, before[*at], after[*at])
             })
             .collect();
         let sealed: Vec<usize> = changed

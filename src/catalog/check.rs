@@ -67,11 +67,13 @@ WITH expected (relation, name, mode, use) AS (
       FROM unnest('{key,key_slot,slot_wrap,key_grant}'::text[]) AS r,
            unnest('{announce_change,announce_truncate}'::text[]) AS n
     UNION ALL
-    SELECT 'registered_column', 'stamp_registration', 'A',
+    SELECT r, 'stamp_registration', 'A',
            'registrations that come by a restore or by replication keep foreign numbers'
+      FROM unnest('{registered_column,live_column}'::text[]) AS r
     UNION ALL
     SELECT r, 'refuse_direct_change', 'O', 'the table can be changed past the functions of rekey'
-      FROM unnest('{key,key_slot,slot_wrap,root_key,audit_log,registered_column}'::text[]) AS r)
+      FROM unnest('{key,key_slot,slot_wrap,root_key,audit_log,registered_column,
+                   live_column}'::text[]) AS r)
 SELECT CASE WHEN min(t.tgenabled::text) IN ('A', 'O') THEN 'warning' ELSE 'error' END,
        format('triggers of rekey.%s', e.relation),
        format('%s %s: %s', string_agg(e.name, ', ' ORDER BY e.name),
@@ -277,6 +279,41 @@ SELECT 'warning', 'table ' || p.table_name::text,
   FROM rekey.progress_state p
  WHERE p.phase <> 'done' AND p.updated_at < clock_timestamp() - '1 day'::interval
    AND NOT EXISTS (SELECT FROM rekey.pause z WHERE z.paused_until > clock_timestamp())";
+
+/// Live columns whose trigger does not look at every write, that are filled and that nobody has
+/// ended, or that cannot be filled.
+pub const LIVE: &str = r"
+SELECT 'error', 'table ' || coalesce(t.tgrelid::regclass, l.table_name)::text,
+       format('trigger %s %s: writes pass it, and columns %I and %I come to differ', l.trigger_name,
+              CASE coalesce(t.tgenabled::text, '') WHEN '' THEN 'is gone'
+                   WHEN 'D' THEN 'is disabled' ELSE 'is not enabled as ALWAYS' END,
+              l.column_name, l.into_column),
+       CASE WHEN t.oid IS NULL THEN 'restore the table from a dump, with its triggers'
+            ELSE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER %s', t.tgrelid::regclass,
+                        l.trigger_name) END
+  FROM rekey.live_column l
+  LEFT JOIN pg_trigger t
+         ON t.tgname = l.trigger_name AND t.tgfoid = 'rekey.live()'::regprocedure
+ WHERE t.tgenabled::text IS DISTINCT FROM 'A'
+UNION ALL
+SELECT 'warning', 'table ' || l.table_name::text,
+       format('column %I has been %sed into %I since %s, and is still there', l.column_name,
+              l.direction, l.into_column, date_trunc('second', b.done_at)),
+       format('SELECT rekey.finish_%s_column(%L, %L)', l.direction, l.table_name::text,
+              l.column_name)
+  FROM rekey.live_column l
+ CROSS JOIN LATERAL (SELECT bool_and(b.phase = 'done') AS done, max(b.updated_at) AS done_at
+          FROM rekey.backfill_state b
+         WHERE b.table_name::oid = l.table_name::oid OR l.table_name::oid IN
+               (SELECT a.relid::oid FROM pg_partition_ancestors(b.table_name) AS a)) AS b
+ WHERE b.done AND b.done_at < clock_timestamp() - '7 days'::interval
+UNION ALL
+SELECT 'warning', 'table ' || b.table_name::text,
+       'its live columns are not filled: ' || b.note,
+       'CALL rekey.reencrypt(' || quote_literal(b.table_name::text)
+       || ') -- as its owner; the server log names the SQLSTATE'
+  FROM rekey.backfill_state b
+ WHERE b.note ~ '(fails|failed) with SQLSTATE|a worker died|code of its owner'";
 
 /// Keys that everyone may use, grants of roles that are gone, and what was opened to everyone in
 /// the schema: a privilege of PUBLIC that the extension has not given.

@@ -10,6 +10,7 @@
 pub mod check;
 pub mod evidence;
 pub mod guard;
+pub mod live;
 pub mod read;
 pub mod roots;
 pub mod touch;
@@ -41,6 +42,7 @@ pub struct Tables {
     key_grant_pkey: Oid,
     barrier: Oid,
     registered_column: Oid,
+    live_column: Oid,
 }
 
 thread_local! {
@@ -78,6 +80,7 @@ pub fn tables() -> Result<Tables> {
         key_grant_pkey: find(c"key_grant_pkey")?,
         barrier: find(c"barrier")?,
         registered_column: find(c"registered_column")?,
+        live_column: find(c"live_column")?,
     };
     if settled {
         TABLES.set(Some(tables));

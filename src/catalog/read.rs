@@ -14,6 +14,7 @@ use super::tables;
 use crate::error::{Error, Result};
 use crate::ffi::scan::{Key, Row, Scan};
 use crate::ffi::{scan, session, text, types};
+use crate::registry;
 
 /// A row of rekey.key.
 pub struct KeyRow {
@@ -268,33 +269,105 @@ pub fn registered_columns() -> Result<Vec<RegisteredRow>> {
 
 /// A row of rekey.registered_column, given the datum of each of its columns.
 pub fn registered_row(datum: impl Fn(i16) -> Option<pg_sys::Datum>) -> Result<RegisteredRow> {
-    let number = |attribute| datum(attribute).map_or(0, |d| d.value());
-    let words = |attribute| match datum(attribute) {
-        Some(datum) => text::to_utf8_string(text::detoasted(datum)),
-        None => Ok(String::new()),
-    };
-    let small = |attribute| i16::try_from(number(attribute) & 0x7fff).unwrap_or(0);
+    let words = |attribute| words(datum(attribute));
     let sealed_column = words(9)?;
     let fingerprint = if sealed_column.is_empty() {
         None
     } else {
         Some(FingerprintRow {
             sealed_column,
-            sealed_attnum: small(STAMP.2),
+            sealed_attnum: small(datum(STAMP.2)),
             key: words(11)?,
             sealed_key: words(12)?,
             normalise: words(13)?,
         })
     };
     Ok(RegisteredRow {
-        table: pg_sys::Oid::from(u32::try_from(number(1) & 0xffff_ffff).unwrap_or(0)),
+        table: oid(datum(1)),
         column: words(2)?,
         context: words(3)?,
-        fire_triggers: number(4) & 0xff != 0,
-        attnum: small(STAMP.0),
+        fire_triggers: datum(4).is_some_and(|d| d.value() & 0xff != 0),
+        attnum: small(datum(STAMP.0)),
         stamp: words(STAMP.1)?,
         fingerprint,
     })
+}
+
+/// A row of rekey.live_column.
+pub struct LiveRow {
+    /// Name of its trigger.
+    pub trigger: String,
+    /// Table.
+    pub table: pg_sys::Oid,
+    /// Whether its values are sealed, else opened.
+    pub seals: bool,
+    /// Key to seal under.
+    pub key: String,
+    /// Expression that gives the value to seal; empty for the column itself.
+    pub source: String,
+    column: (String, i16),
+    into: (String, i16),
+    stamp: String,
+}
+
+impl LiveRow {
+    /// The present number, in the row's own table, of the column that is read; None when it is
+    /// gone.
+    pub fn read_attnum(&self) -> Option<i16> {
+        registry::place(self.table, &self.column.0, self.column.1, &self.stamp)
+    }
+
+    /// The same of the column that is written.
+    pub fn written_attnum(&self) -> Option<i16> {
+        registry::place(self.table, &self.into.0, self.into.1, &self.stamp)
+    }
+}
+
+/// The columns of rekey.live_column that depend on the table's numbers: attnum, into_attnum, stamp.
+pub const LIVE_STAMP: (i16, i16, i16) = (5, 6, 7);
+
+/// All live columns.
+pub fn live_columns() -> Result<Vec<LiveRow>> {
+    let find = || tables().map(|t| (t.live_column, pg_sys::InvalidOid));
+    let mut scan = Scan::open(find, &[], &[])?;
+    let mut columns = Vec::new();
+    while let Some(row) = scan.next_row() {
+        columns.push(live_row(|attribute| row.datum(attribute))?);
+    }
+    Ok(columns)
+}
+
+/// A row of rekey.live_column, given the datum of each of its columns.
+pub fn live_row(datum: impl Fn(i16) -> Option<pg_sys::Datum>) -> Result<LiveRow> {
+    let words = |attribute| words(datum(attribute));
+    let (at, into, of) = LIVE_STAMP;
+    Ok(LiveRow {
+        trigger: words(1)?,
+        table: oid(datum(2)),
+        seals: words(8)? == "encrypt",
+        key: words(9)?,
+        source: words(10)?,
+        column: (words(3)?, small(datum(at))),
+        into: (words(4)?, small(datum(into))),
+        stamp: words(of)?,
+    })
+}
+
+fn words(datum: Option<pg_sys::Datum>) -> Result<String> {
+    match datum {
+        Some(datum) => text::to_utf8_string(text::detoasted(datum)),
+        None => Ok(String::new()),
+    }
+}
+
+fn oid(datum: Option<pg_sys::Datum>) -> pg_sys::Oid {
+    let number = datum.map_or(0, |datum| datum.value() & 0xffff_ffff);
+    pg_sys::Oid::from(u32::try_from(number).unwrap_or(0))
+}
+
+fn small(datum: Option<pg_sys::Datum>) -> i16 {
+    let number = datum.map_or(0, |datum| datum.value() & 0x7fff);
+    i16::try_from(number).unwrap_or(0)
 }
 
 /// How many slots of how many keys are not destroyed. Needs no index: it also answers in the

@@ -1,4 +1,4 @@
-//! The worker's own records: how far each table's pass is, which rows failed, what is due.
+//! The worker's own records: how far each table's passes are, which rows failed, what is due.
 //!
 //! Called by src/worker/. A cursor moves in the transaction of its batch: a crash takes back both
 //! or neither.
@@ -26,6 +26,24 @@ pub struct Pass {
     pub left: u32,
 }
 
+/// Where passes are recorded: those of rotations, and those that fill live columns.
+#[derive(Clone, Copy)]
+pub enum Book {
+    /// rekey.progress_state
+    Rotation,
+    /// rekey.backfill_state
+    Backfill,
+}
+
+impl Book {
+    fn table(self) -> &'static str {
+        match self {
+            Book::Rotation => "rekey.progress_state",
+            Book::Backfill => "rekey.backfill_state",
+        }
+    }
+}
+
 fn number(cell: &Option<String>) -> i64 {
     cell.as_deref().and_then(|c| c.parse().ok()).unwrap_or(0)
 }
@@ -35,10 +53,13 @@ fn block(cell: &Option<String>) -> u32 {
 }
 
 /// The pass over a table, if one was begun.
-pub fn pass(table: Oid) -> Result<Option<Pass>> {
+pub fn pass(book: Book, table: Oid) -> Result<Option<Pass>> {
     let found = rows(
-        "SELECT file_node::text, wave, cursor_block::text, blocks_left::text \
-           FROM rekey.progress_state WHERE table_name = $1::oid::regclass",
+        &format!(
+            "SELECT file_node::text, wave, cursor_block::text, blocks_left::text \
+               FROM {} WHERE table_name = $1::oid::regclass",
+            book.table()
+        ),
         &[Arg::Oid(table)],
     )?;
     Ok(found.first().map(|row| Pass {
@@ -50,15 +71,18 @@ pub fn pass(table: Oid) -> Result<Option<Pass>> {
 }
 
 /// Begins a pass over all blocks of a table, at `cursor`.
-pub fn begin_pass(table: Oid, pass: &Pass) -> Result<()> {
+pub fn begin_pass(book: Book, table: Oid, pass: &Pass) -> Result<()> {
     run(
-        "INSERT INTO rekey.progress_state AS p \
-             (table_name, file_node, wave, cursor_block, blocks_left, blocks_total) \
-         VALUES ($1::oid::regclass, $2, $3, $4, $5, $5) \
-         ON CONFLICT (table_name) DO UPDATE SET file_node = $2, wave = $3, cursor_block = $4, \
-             blocks_left = $5, blocks_total = $5, rows_scanned = 0, rows_rewritten = 0, \
-             rows_skipped = 0, rows_unlisted = 0, phase = 'pass', note = '', \
-             started_at = clock_timestamp(), updated_at = clock_timestamp()",
+        &format!(
+            "INSERT INTO {} AS p \
+                 (table_name, file_node, wave, cursor_block, blocks_left, blocks_total) \
+             VALUES ($1::oid::regclass, $2, $3, $4, $5, $5) \
+             ON CONFLICT (table_name) DO UPDATE SET file_node = $2, wave = $3, cursor_block = $4, \
+                 blocks_left = $5, blocks_total = $5, rows_scanned = 0, rows_rewritten = 0, \
+                 rows_skipped = 0, rows_unlisted = 0, phase = DEFAULT, note = '', \
+                 started_at = clock_timestamp(), updated_at = clock_timestamp()",
+            book.table()
+        ),
         &[
             Arg::Oid(table),
             Arg::Oid(pass.file),
@@ -84,14 +108,16 @@ pub struct Done {
 }
 
 /// Moves the cursor behind a batch.
-pub fn advance(table: Oid, cursor: u32, left: u32, done: &Done) -> Result<()> {
+pub fn advance(book: Book, table: Oid, cursor: u32, left: u32, done: &Done) -> Result<()> {
     run(
-        "UPDATE rekey.progress_state SET cursor_block = $2, blocks_left = $3, \
-             rows_scanned = rows_scanned + $4, rows_rewritten = rows_rewritten + $5, \
-             rows_skipped = rows_skipped + $6, rows_unlisted = rows_unlisted + $7, \
-             phase = 'pass', note = '', \
-             updated_at = clock_timestamp() \
-         WHERE table_name = $1::oid::regclass",
+        &format!(
+            "UPDATE {} SET cursor_block = $2, blocks_left = $3, \
+                 rows_scanned = rows_scanned + $4, rows_rewritten = rows_rewritten + $5, \
+                 rows_skipped = rows_skipped + $6, rows_unlisted = rows_unlisted + $7, \
+                 phase = DEFAULT, note = '', updated_at = clock_timestamp() \
+             WHERE table_name = $1::oid::regclass",
+            book.table()
+        ),
         &[
             Arg::Oid(table),
             Arg::Bigint(i64::from(cursor)),
@@ -108,13 +134,27 @@ pub fn advance(table: Oid, cursor: u32, left: u32, done: &Done) -> Result<()> {
 /// Says in which phase the tables are, and what they wait for; writes only what changes. Table 0
 /// is all of them.
 pub fn note(table: Oid, phase: &str, note: &str) -> Result<()> {
+    note_in(Book::Rotation, table, phase, note)
+}
+
+/// The same of either kind of passes.
+pub fn note_in(book: Book, table: Oid, phase: &str, note: &str) -> Result<()> {
     run(
-        "UPDATE rekey.progress_state SET phase = coalesce(nullif($2, ''), phase), note = $3 \
-         WHERE (table_name = $1::oid::regclass OR $1 = '0'::oid) \
-           AND (phase <> coalesce(nullif($2, ''), phase) OR note <> $3)",
+        &format!(
+            "UPDATE {} SET phase = coalesce(nullif($2, ''), phase), note = $3 \
+             WHERE (table_name = $1::oid::regclass OR $1 = '0'::oid) \
+               AND (phase <> coalesce(nullif($2, ''), phase) OR note <> $3)",
+            book.table()
+        ),
         &[Arg::Oid(table), Arg::Text(phase), Arg::Text(note)],
     )
     .map(|_| ())
+}
+
+/// Says what work on a table waits for, whatever kind of pass it is; table 0 is all of them.
+pub fn put_off(table: Oid, why: &str) -> Result<()> {
+    note_in(Book::Rotation, table, "", why)?;
+    note_in(Book::Backfill, table, "", why)
 }
 
 /// The passes that served `from` serve `to` as well: slots of it are left, others are drained.

@@ -173,12 +173,8 @@ impl Call {
 
     /// Runs `body` with allocations that live as long as the call site (one query).
     pub fn for_the_query<R>(&self, body: impl FnOnce() -> R) -> R {
-        // SAFETY: fn_mcxt is a live context; the guard switches back, also while unwinding.
-        unsafe {
-            let _back = Back(pg_sys::CurrentMemoryContext);
-            pg_sys::CurrentMemoryContext = (*(*self.0).flinfo).fn_mcxt;
-            body()
-        }
+        // SAFETY: flinfo is set for every fmgr call, and fn_mcxt outlives it.
+        Memory(unsafe { (*(*self.0).flinfo).fn_mcxt }).within(body)
     }
 
     /// Builds the record that the function's OUT arguments declare.
@@ -198,6 +194,29 @@ impl Call {
             assert_eq!(usize::try_from((*desc).natts).unwrap_or(0), values.len());
             let tuple = pg_sys::heap_form_tuple(desc, values.as_mut_ptr(), nulls.as_mut_ptr());
             Reply::datum(pg_sys::HeapTupleHeaderGetDatum((*tuple).t_data))
+        }
+    }
+}
+
+/// A memory context, for what must live as long as something made in it.
+#[derive(Clone, Copy)]
+pub struct Memory(pg_sys::MemoryContext);
+
+impl Memory {
+    /// The current one.
+    pub fn current() -> Memory {
+        // SAFETY: set in every process that runs SQL.
+        Memory(unsafe { pg_sys::CurrentMemoryContext })
+    }
+
+    /// Runs `body` with allocations that live as long as this context.
+    pub fn within<R>(self, body: impl FnOnce() -> R) -> R {
+        // SAFETY: whoever holds a Memory lives in it; the guard switches back, also while
+        // unwinding.
+        unsafe {
+            let _back = Back(pg_sys::CurrentMemoryContext);
+            pg_sys::CurrentMemoryContext = self.0;
+            body()
         }
     }
 }

@@ -1,8 +1,9 @@
-//! One expression: over a row, the context of a registered column; over a value, its normal form.
+//! One expression: over a row, the context of a registered column or the source of a live one;
+//! over a value, its normal form.
 //!
-//! Called by the registration and by src/worker/. Parsed as an index expression is, so that
-//! subqueries, aggregates and set-returning functions are refused by the parser itself, planned,
-//! and refused unless everything in it is IMMUTABLE. The caller has pinned the search path and
+//! Called by the registration, the triggers and src/worker/. Parsed as an index expression is, so
+//! that subqueries, aggregates and set-returning functions are refused by the parser itself,
+//! planned, and refused unless everything in it is IMMUTABLE. The caller has pinned the search path and
 //! acts as the table's owner: the expression is the owner's code.
 
 use std::ffi::c_void;
@@ -12,34 +13,51 @@ use pgrx::{pg_guard, pg_sys};
 
 use crate::error::{Error, Result};
 
-/// A prepared expression, of type text; lives as long as the memory context it was made in.
+/// A prepared expression; lives as long as the memory context it was made in.
 pub struct Expression {
     state: *mut pg_sys::ExprState,
     context: *mut pg_sys::ExprContext,
+    /// The type of its value.
+    pub type_oid: pg_sys::Oid,
+    /// The columns that one over a row reads; of a stored expression nobody asks.
+    pub reads: Vec<i16>,
 }
 
-/// What an expression is for, in messages: its name and an example.
+/// What an expression is for: its name and an example in messages, and its type.
 #[derive(Clone, Copy)]
-struct Use(&'static str, &'static str);
+struct Use {
+    name: &'static str,
+    example: &'static str,
+    /// Whether its value is text, whatever it begins as.
+    is_text: bool,
+}
 
-const CONTEXT: Use = Use(
-    "the context",
-    "Give one expression over columns of the row, for example \
+const CONTEXT: Use = Use {
+    name: "the context",
+    example: "Give one expression over columns of the row, for example \
      rekey.context('customer.email', id::text).",
-);
-const NORMALISE: Use = Use(
-    "normalise",
-    "Give one expression over the value, $1, for example lower(btrim($1)).",
-);
+    is_text: true,
+};
+const SOURCE: Use = Use {
+    name: "the source",
+    example: "Give one expression over columns of the row, for example \
+     convert_from(decrypt(email, key, 'aes'), 'UTF8').",
+    is_text: false,
+};
+const NORMALISE: Use = Use {
+    name: "normalise",
+    example: "Give one expression over the value, $1, for example lower(btrim($1)).",
+    is_text: true,
+};
 
 impl Use {
     fn refused(self, detail: &str) -> Error {
-        self.refused_with(detail, self.1)
+        self.refused_with(detail, self.example)
     }
 
     fn refused_with(self, detail: &str, hint: &str) -> Error {
         Error::Argument(
-            format!("{} is not a usable expression", self.0),
+            format!("{} is not a usable expression", self.name),
             detail.to_string(),
             hint.to_string(),
         )
@@ -62,13 +80,27 @@ unsafe extern "C-unwind" {
 }
 
 impl Expression {
-    /// Parses and plans `text` over the columns of `relation`.
+    /// Parses and plans a context over the columns of `relation`.
     pub fn prepare(relation: pg_sys::Relation, text: &str, sealed: &[i16]) -> Result<Expression> {
-        let refused = |detail| CONTEXT.refused(detail);
+        Self::over_row(CONTEXT, relation, text, sealed)
+    }
+
+    /// Parses and plans the source of a live column.
+    pub fn source(relation: pg_sys::Relation, text: &str, sealed: &[i16]) -> Result<Expression> {
+        Self::over_row(SOURCE, relation, text, sealed)
+    }
+
+    fn over_row(
+        purpose: Use,
+        relation: pg_sys::Relation,
+        text: &str,
+        sealed: &[i16],
+    ) -> Result<Expression> {
+        let refused = |detail| purpose.refused(detail);
         // SAFETY: the steps of ComputeIndexAttrs and index_create for an expression; nodes live in
         // the current memory context, the relation is open and locked.
         unsafe {
-            let node = parse(CONTEXT, text, |state| {
+            let (node, type_oid) = parse(purpose, text, |state| {
                 let item = pg_sys::addRangeTableEntryForRelation(
                     state,
                     relation,
@@ -81,8 +113,8 @@ impl Expression {
             })?;
             let planned = pg_sys::expression_planner(node);
             if pg_sys::contain_mutable_functions(planned.cast()) {
-                return Err(CONTEXT.refused_with(
-                    "Not all of it is IMMUTABLE: the same row could give another context later.",
+                return Err(purpose.refused_with(
+                    "Not all of it is IMMUTABLE: the same row could give another value later.",
                     "Convert what is not text by itself: rekey.context('x', id::text) instead of \
                      'x' || id.",
                 ));
@@ -104,10 +136,12 @@ impl Expression {
                 ));
             }
             let table = (*relation).rd_id;
-            if (1..=(*(*relation).rd_rel).relnatts).any(|column| {
-                pg_sys::bms_is_member(i32::from(column) - low, used)
-                    && super::relation::is_generated(table, column)
-            }) {
+            let mut reads: Vec<i16> = (1..=(*(*relation).rd_rel).relnatts).collect();
+            reads.retain(|column| pg_sys::bms_is_member(i32::from(*column) - low, used));
+            if reads
+                .iter()
+                .any(|column| super::relation::is_generated(table, *column))
+            {
                 return Err(refused(
                     "It uses a generated column, which is not there yet when a trigger looks.",
                 ));
@@ -115,6 +149,8 @@ impl Expression {
             Ok(Expression {
                 state: pg_sys::ExecInitExpr(planned, std::ptr::null_mut()),
                 context: pg_sys::CreateStandaloneExprContext(),
+                type_oid,
+                reads,
             })
         }
     }
@@ -127,7 +163,7 @@ impl Expression {
     ) -> Result<Expression> {
         // SAFETY: as in `prepare`; there is no column to name.
         unsafe {
-            let node = parse(NORMALISE, text, |state| {
+            let (node, type_oid) = parse(NORMALISE, text, |state| {
                 (*state).p_paramref_hook = Some(value_parameter);
             })?;
             // Before planning: that puts the bodies of SQL functions in the place of their calls.
@@ -159,6 +195,8 @@ impl Expression {
             Ok(Expression {
                 state: pg_sys::ExecInitExpr(planned, std::ptr::null_mut()),
                 context,
+                type_oid,
+                reads: Vec::new(),
             })
         }
     }
@@ -175,11 +213,13 @@ impl Expression {
             Ok(Expression {
                 state: pg_sys::ExecInitExpr(planned, std::ptr::null_mut()),
                 context: pg_sys::CreateStandaloneExprContext(),
+                type_oid: pg_sys::exprType(node),
+                reads: Vec::new(),
             })
         }
     }
 
-    /// The value for the row in `slot`, in UTF-8; None for NULL. Raises what the expression raises.
+    /// The text for the row in `slot`, in UTF-8; None for NULL. Raises what the expression raises.
     pub fn evaluate(&self, slot: *mut pg_sys::TupleTableSlot) -> Result<Option<Vec<u8>>> {
         self.datum(slot)?.map(bytes_of).transpose()
     }
@@ -233,7 +273,7 @@ fn bytes_of(datum: pg_sys::Datum) -> Result<Vec<u8>> {
     Ok(value.into_owned())
 }
 
-/// Parses and analyses an expression of type text, over what `names` lets it name.
+/// Parses and analyses an expression over what `names` lets it name; the type of its value.
 ///
 /// # Safety
 /// In a transaction; `names` leaves the state usable.
@@ -241,7 +281,7 @@ unsafe fn parse(
     purpose: Use,
     text: &str,
     names: impl FnOnce(*mut pg_sys::ParseState),
-) -> Result<*mut pg_sys::Expr> {
+) -> Result<(*mut pg_sys::Expr, pg_sys::Oid)> {
     let server = super::text::to_server(text.as_bytes())?.into_owned();
     let source = std::ffi::CString::new(server).map_err(|_| purpose.refused("It has a NUL."))?;
     // SAFETY: nodes live in the current memory context.
@@ -252,11 +292,16 @@ unsafe fn parse(
         names(state);
         let kind = pg_sys::ParseExprKind::EXPR_KIND_INDEX_EXPRESSION;
         let raw = pg_sys::transformExpr(state, target, kind);
+        let found = pg_sys::exprType(raw);
+        // Strings of all types are sealed as text, as a call of encrypt_col would.
+        let is_text =
+            purpose.is_text || found == pg_sys::UNKNOWNOID || super::types::is_string(found);
+        let wanted = if is_text { pg_sys::TEXTOID } else { found };
         let node = pg_sys::coerce_to_target_type(
             state,
             raw,
-            pg_sys::exprType(raw),
-            pg_sys::TEXTOID,
+            found,
+            wanted,
             -1,
             pg_sys::CoercionContext::COERCION_ASSIGNMENT,
             pg_sys::CoercionForm::COERCE_IMPLICIT_CAST,
@@ -267,7 +312,7 @@ unsafe fn parse(
         }
         pg_sys::assign_expr_collations(state, node);
         pg_sys::free_parsestate(state);
-        Ok(node.cast())
+        Ok((node.cast(), wanted))
     }
 }
 

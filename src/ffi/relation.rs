@@ -112,6 +112,35 @@ pub fn is_generated(relation: Oid, attnum: i16) -> bool {
     attribute(relation, attnum, |_, row| row.attgenerated != 0).unwrap_or(false)
 }
 
+/// The type of a column.
+pub fn column_type(relation: Oid, attnum: i16) -> Oid {
+    // SAFETY: a syscache look-up that answers 0 for a missing column.
+    unsafe { pg_sys::get_atttype(relation, attnum) }
+}
+
+/// The type modifier of a column, or that of its domain: a length, a scale; -1 for none.
+pub fn column_typmod(relation: Oid, attnum: i16) -> i32 {
+    let mut typmod = attribute(relation, attnum, |_, row| row.atttypmod).unwrap_or(-1);
+    // SAFETY: syscache look-ups; writes the number of a domain that has one.
+    unsafe { pg_sys::getBaseTypeAndTypmod(column_type(relation, attnum), &mut typmod) };
+    typmod
+}
+
+/// Whether two slots of one table hold the same bytes in each of these columns.
+pub fn same_columns(
+    relation: Oid,
+    one: *mut pg_sys::TupleTableSlot,
+    other: *mut pg_sys::TupleTableSlot,
+    columns: &[i16],
+) -> bool {
+    let values = |slot| super::table::columns_of(slot, columns);
+    let pairs = values(one).into_iter().zip(values(other));
+    let types = columns.iter().map(|column| column_type(relation, *column));
+    types
+        .zip(pairs)
+        .all(|(type_oid, (one, other))| super::types::same(type_oid, one, other))
+}
+
 /// pg_attribute.attidentity: a for ALWAYS, d for BY DEFAULT, 0 for no identity column.
 pub fn identity(relation: Oid, attnum: i16) -> u8 {
     attribute(relation, attnum, |_, row| row.attidentity.to_ne_bytes()[0]).unwrap_or(0)
@@ -176,9 +205,23 @@ pub fn is_owned_by(relation: Oid, user: Oid) -> bool {
 /// ShareUpdateExclusiveLock: conflicts with ALTER TABLE and with itself, not with readers and
 /// writers. Held to the end of the transaction. None when it is gone.
 pub fn lock(relation: Oid) -> Option<pg_sys::Relation> {
+    lock_as(relation, pg_sys::ShareUpdateExclusiveLock)
+}
+
+/// Locks a relation against everybody who writes to it, so that it can be given a trigger; with
+/// `and_readers` against everybody, so that it can be given a column. Otherwise like `lock`.
+pub fn lock_out(relation: Oid, and_readers: bool) -> Option<pg_sys::Relation> {
+    if and_readers {
+        lock_as(relation, pg_sys::AccessExclusiveLock)
+    } else {
+        lock_as(relation, pg_sys::ShareRowExclusiveLock)
+    }
+}
+
+fn lock_as(relation: Oid, mode: u32) -> Option<pg_sys::Relation> {
+    let mode = i32::try_from(mode).ok()?;
     // SAFETY: try_relation_open answers NULL for a missing one; the caller closes it.
-    let open =
-        unsafe { pg_sys::try_relation_open(relation, pg_sys::ShareUpdateExclusiveLock as i32) };
+    let open = unsafe { pg_sys::try_relation_open(relation, mode) };
     (!open.is_null()).then_some(open)
 }
 

@@ -24,6 +24,11 @@ impl Caught {
         }
         text
     }
+
+    /// Whether it is a cancel, or a server in need, for which no row and no code is to blame.
+    pub fn is_grave(self) -> bool {
+        matches!(&self.sqlstate()[..2], "53" | "57" | "58")
+    }
 }
 
 /// Runs `body` in a subtransaction: kept when it returns, undone when it raises. The caller decides

@@ -168,16 +168,7 @@ impl Table {
         let highest = columns.iter().copied().max().unwrap_or(1);
         let mut values: [Option<pg_sys::Datum>; 64] = [None; 64];
         let values = &mut values[..columns.len().min(64)];
-        let mut low = Tid {
-            block: blocks.start,
-            line: 1,
-        }
-        .item();
-        let mut high = Tid {
-            block: blocks.end - 1,
-            line: u16::MAX - 1,
-        }
-        .item();
+        let (mut low, mut high) = ends(&blocks);
         // SAFETY: the relation is open and locked, the snapshot registered. The slot is dropped
         // and the scan ended here; after an ERROR the abort releases both. The table's own
         // functions are called directly, under one guard.
@@ -205,6 +196,47 @@ impl Table {
             });
             pg_sys::table_endscan(scan);
             pg_sys::ExecDropSingleTupleTableSlot(slot);
+        }
+    }
+
+    /// Looks at every row version of `blocks` that `snapshot` sees, in order, by code that may
+    /// raise: `look` gets the tid and the slot, and allocates in a context that is emptied after
+    /// each row. Slower than `scan`: a guard per row.
+    pub fn visit(
+        &self,
+        snapshot: &Snapshot,
+        blocks: Range<u32>,
+        mut look: impl FnMut(Tid, *mut pg_sys::TupleTableSlot) -> Result<()>,
+    ) -> Result<()> {
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        let (mut low, mut high) = ends(&blocks);
+        // SAFETY: as in `scan`; slot and scan are ended here whatever `look` answers, and by the
+        // abort when it raises. The rows' context is a child of the current one.
+        unsafe {
+            let slot = pg_sys::table_slot_create(self.relation, std::ptr::null_mut());
+            let scan =
+                pg_sys::table_beginscan_tidrange(self.relation, snapshot.0, &mut low, &mut high);
+            let next = (*(*self.relation).rd_tableam)
+                .scan_getnextslot_tidrange
+                .unwrap_unchecked();
+            let previous = pg_sys::CurrentMemoryContext;
+            let rows = rows_context(previous);
+            let forward = pg_sys::ScanDirection::ForwardScanDirection;
+            let mut outcome = Ok(());
+            while outcome.is_ok()
+                && pg_sys::ffi::pg_guard_ffi_boundary(|| next(scan, forward, slot))
+            {
+                pg_sys::CurrentMemoryContext = rows;
+                outcome = look(Tid::of(&(*slot).tts_tid), slot);
+                pg_sys::CurrentMemoryContext = previous;
+                pg_sys::MemoryContextReset(rows);
+            }
+            pg_sys::MemoryContextDelete(rows);
+            pg_sys::table_endscan(scan);
+            pg_sys::ExecDropSingleTupleTableSlot(slot);
+            outcome
         }
     }
 
@@ -245,6 +277,29 @@ impl Drop for Table {
         let mode = if self.keep_lock { 0 } else { self.mode };
         // SAFETY: opened by `open`, closed once.
         unsafe { pg_sys::relation_close(self.relation, mode) }
+    }
+}
+
+/// The first and the last place of a range of blocks, which is not empty.
+fn ends(blocks: &Range<u32>) -> (pg_sys::ItemPointerData, pg_sys::ItemPointerData) {
+    let place = |block, line| Tid { block, line }.item();
+    (place(blocks.start, 1), place(blocks.end - 1, u16::MAX - 1))
+}
+
+/// A memory context for what lasts as long as a row is looked at.
+///
+/// # Safety
+/// `parent` is a live context.
+unsafe fn rows_context(parent: pg_sys::MemoryContext) -> pg_sys::MemoryContext {
+    // SAFETY: promised by the caller; the name is static.
+    unsafe {
+        pg_sys::AllocSetContextCreateExtended(
+            parent,
+            c"pg_rekey rows".as_ptr(),
+            pg_sys::ALLOCSET_DEFAULT_MINSIZE as usize,
+            pg_sys::ALLOCSET_DEFAULT_INITSIZE as usize,
+            pg_sys::ALLOCSET_DEFAULT_MAXSIZE as usize,
+        )
     }
 }
 
@@ -326,6 +381,7 @@ impl<'a> Updater<'a> {
                 pg_sys::palloc0(std::mem::size_of::<pg_sys::ResultRelInfo>()).cast();
             (*result).type_ = pg_sys::NodeTag::T_ResultRelInfo;
             pg_sys::InitResultRelInfo(result, relation, 1, std::ptr::null_mut(), 0);
+            look_up_triggers(result);
             pg_sys::ExecOpenIndices(result, false);
             let epq: *mut pg_sys::EPQState =
                 pg_sys::palloc0(std::mem::size_of::<pg_sys::EPQState>()).cast();
@@ -343,13 +399,7 @@ impl<'a> Updater<'a> {
             let old = pg_sys::table_slot_create(relation, &mut (*estate).es_tupleTable);
             let new = pg_sys::table_slot_create(relation, &mut (*estate).es_tupleTable);
             pg_sys::AfterTriggerBeginQuery();
-            let tuples = pg_sys::AllocSetContextCreateExtended(
-                (*estate).es_query_cxt,
-                c"pg_rekey rows".as_ptr(),
-                pg_sys::ALLOCSET_DEFAULT_MINSIZE as usize,
-                pg_sys::ALLOCSET_DEFAULT_INITSIZE as usize,
-                pg_sys::ALLOCSET_DEFAULT_MAXSIZE as usize,
-            );
+            let tuples = rows_context((*estate).es_query_cxt);
             pg_sys::CurrentMemoryContext = previous;
             pg_sys::PushActiveSnapshot(snapshot.0);
             Updater {
@@ -480,6 +530,26 @@ impl<'a> Updater<'a> {
             pg_sys::ExecResetTupleTable((*self.estate).es_tupleTable, false);
             pg_sys::ExecCloseRangeTableRelations(self.estate);
             pg_sys::FreeExecutorState(self.estate);
+        }
+    }
+}
+
+/// Looks up the functions of the table's triggers, as ExecCallTriggerFunc would with the first row:
+/// then what they keep for the query would live in the context of that row.
+///
+/// # Safety
+/// The result relation is initialised, and the executor's context is current.
+unsafe fn look_up_triggers(result: *mut pg_sys::ResultRelInfo) {
+    // SAFETY: promised by the caller. The descriptor is a copy, and InitResultRelInfo has made room
+    // for one FmgrInfo per trigger.
+    unsafe {
+        let Some(triggers) = (*result).ri_TrigDesc.as_ref() else {
+            return;
+        };
+        for at in 0..usize::try_from(triggers.numtriggers).unwrap_or(0) {
+            let function = (*triggers.triggers.add(at)).tgfoid;
+            let info = (*result).ri_TrigFunctions.add(at);
+            pg_sys::fmgr_info_cxt(function, info, pg_sys::CurrentMemoryContext);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The data that PostgreSQL passes to a trigger function, as far as ours need it.
 //!
-//! Called by src/api/triggers.rs, touch.rs and views.rs, for statement and row triggers alike.
+//! Called by src/api/triggers.rs, touch.rs, live.rs and views.rs, for statement and row triggers
+//! alike.
 
 use std::ffi::c_int;
 
@@ -47,6 +48,12 @@ impl TriggerCall {
     pub fn table_owner(&self) -> pg_sys::Oid {
         // SAFETY: as above.
         unsafe { (*(*(*self.0).tg_relation).rd_rel).relowner }
+    }
+
+    /// The trigger's name.
+    pub fn name(&self) -> String {
+        // SAFETY: the trigger is that of the live call; its name is a C string.
+        unsafe { super::text::c_string((*(*self.0).tg_trigger).tgname) }
     }
 
     /// Whether it fires before a row is inserted or updated.
@@ -119,20 +126,12 @@ impl TriggerCall {
         (self.is_update() || self.is_delete()).then(|| unsafe { (*self.0).tg_trigslot })
     }
 
-    /// Lets the row be stored with other values in some columns. Of a row trigger before a store.
-    pub fn store_with(&self, changes: &[(i16, pg_sys::Datum)]) -> Reply {
-        let changes: Vec<_> = changes.iter().map(|(at, v)| (*at, Some(*v))).collect();
-        self.give_with(&changes)
-    }
-
-    /// The new row with other values, or NULL, in some columns. Of a row trigger.
-    pub fn give_with(&self, changes: &[(i16, Option<pg_sys::Datum>)]) -> Reply {
-        let null = pg_sys::Datum::null();
+    /// Lets the row be stored with other values in some columns, None for NULL. Of a row trigger
+    /// before a store, or in the place of a change of a view.
+    pub fn store_with(&self, changes: &[(i16, Option<pg_sys::Datum>)]) -> Reply {
         let mut columns: Vec<c_int> = changes.iter().map(|(at, _)| c_int::from(*at)).collect();
-        let mut values: Vec<pg_sys::Datum> = changes
-            .iter()
-            .map(|(_, value)| value.unwrap_or(null))
-            .collect();
+        let value = |change: &(i16, Option<_>)| change.1.unwrap_or(pg_sys::Datum::null());
+        let mut values: Vec<pg_sys::Datum> = changes.iter().map(value).collect();
         let mut nulls: Vec<bool> = changes.iter().map(|(_, value)| value.is_none()).collect();
         // SAFETY: the tuple is of the relation's descriptor; the three lists are of one length, and
         // each value is of its column's type. The result is a fresh tuple.

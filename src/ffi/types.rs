@@ -174,7 +174,7 @@ pub struct Function {
 impl Function {
     fn of(function: pg_sys::Oid, io_param: pg_sys::Oid) -> Function {
         // SAFETY: FmgrInfo is plain C data; fmgr_info_cxt fills it. What the function keeps lives
-        // in the current memory context: `Call::for_the_query` makes that the query's.
+        // in the current memory context: `Memory::within` chooses it.
         unsafe {
             let mut info: pg_sys::FmgrInfo = std::mem::zeroed();
             pg_sys::fmgr_info_cxt(function, &mut info, pg_sys::CurrentMemoryContext);
@@ -220,12 +220,17 @@ impl Function {
 
     /// The value of a text form in the server's encoding.
     pub fn input(&self, text: &CStr) -> Result<pg_sys::Datum> {
+        self.input_as(text, -1)
+    }
+
+    /// The same for a column with a type modifier: a length, a scale.
+    pub fn input_as(&self, text: &CStr, typmod: i32) -> Result<pg_sys::Datum> {
         guarded("its type's input function refused it", || {
             let _pinned = Pinned::pin();
             // SAFETY: a C string that the function does not keep.
             unsafe {
                 let text = text.as_ptr().cast_mut();
-                pg_sys::InputFunctionCall(self.info.as_ptr(), text, self.io_param, -1)
+                pg_sys::InputFunctionCall(self.info.as_ptr(), text, self.io_param, typmod)
             }
         })
     }
@@ -265,6 +270,42 @@ pub fn check_domain(value: pg_sys::Datum, domain: pg_sys::Oid) -> Result<()> {
 pub fn base_type(type_oid: pg_sys::Oid) -> pg_sys::Oid {
     // SAFETY: a syscache look-up.
     unsafe { pg_sys::getBaseType(type_oid) }
+}
+
+/// Whether values of a type are strings: text, varchar, char(n), name, citext, domains over them.
+pub fn is_string(type_oid: pg_sys::Oid) -> bool {
+    // SAFETY: a syscache look-up.
+    let category = unsafe { pg_sys::TypeCategory(type_oid) };
+    category.to_ne_bytes()[0] == pg_sys::TYPCATEGORY_STRING
+}
+
+/// Whether two values of a type are the same, byte by byte: an equality of the type's own could
+/// take 'a' for 'A'.
+pub fn same(
+    type_oid: pg_sys::Oid,
+    one: Option<pg_sys::Datum>,
+    other: Option<pg_sys::Datum>,
+) -> bool {
+    // src/include/utils/datum.h, which pgrx does not bind. It detoasts, and may raise.
+    unsafe extern "C-unwind" {
+        fn datum_image_eq(
+            a: pg_sys::Datum,
+            b: pg_sys::Datum,
+            by_value: bool,
+            len: std::ffi::c_int,
+        ) -> bool;
+    }
+    let (one, other) = match (one, other) {
+        (Some(one), Some(other)) => (one, other),
+        (one, other) => return one.is_none() && other.is_none(),
+    };
+    let mut len = 0;
+    let mut by_value = false;
+    // SAFETY: both datums are of the type.
+    unsafe {
+        pg_sys::get_typlenbyval(type_oid, &mut len, &mut by_value);
+        pg_sys::ffi::pg_guard_ffi_boundary(|| datum_image_eq(one, other, by_value, len.into()))
+    }
 }
 
 /// A type's name for people.

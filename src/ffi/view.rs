@@ -197,23 +197,3 @@ impl Row {
         }
     }
 }
-
-/// Whether two values of a type are the same, byte by byte: an equality of the type's own could
-/// take 'a' for 'A'.
-pub fn same(type_oid: Oid, one: Option<pg_sys::Datum>, other: Option<pg_sys::Datum>) -> bool {
-    // src/include/utils/datum.h, which pgrx does not bind. It detoasts, and may raise.
-    unsafe extern "C-unwind" {
-        fn datum_image_eq(a: pg_sys::Datum, b: pg_sys::Datum, by_value: bool, len: c_int) -> bool;
-    }
-    let (one, other) = match (one, other) {
-        (Some(one), Some(other)) => (one, other),
-        (one, other) => return one.is_none() && other.is_none(),
-    };
-    let mut len = 0;
-    let mut by_value = false;
-    // SAFETY: both datums are of the type.
-    unsafe {
-        pg_sys::get_typlenbyval(type_oid, &mut len, &mut by_value);
-        pg_sys::ffi::pg_guard_ffi_boundary(|| datum_image_eq(one, other, by_value, len.into()))
-    }
-}

@@ -12,12 +12,13 @@ use pgrx::pg_sys::Oid;
 use rekey_core::keyring::SlotState;
 use rekey_core::schedule::BatchSize;
 
+use super::backfill::Backfill;
 use super::barrier::Barrier;
 use super::ending::{self, Quarantine};
 use super::proof::{self, Verdict};
 use super::rewrite::{self, Report, Source};
 use crate::catalog::read::{self, SlotRow};
-use crate::catalog::work::{self, Done, Pass};
+use crate::catalog::work::{self, Book, Done, Pass};
 use crate::catalog::{self, write};
 use crate::error::Result;
 use crate::ffi::table::{self, Table, Tid};
@@ -49,16 +50,17 @@ pub struct Worked {
 
 /// The worker's memory between steps.
 pub struct Drainer {
-    only: Option<Oid>,
+    pub(super) only: Option<Oid>,
     proves: bool,
+    pub(super) backfill: Backfill,
     barrier: Option<Barrier>,
     findings: HashMap<Oid, Vec<Tid>>,
-    resting: HashMap<Oid, (u32, Instant, String)>,
+    pub(super) resting: HashMap<Oid, (u32, Instant, String)>,
     sizes: HashMap<Oid, BatchSize>,
     touched: HashMap<Oid, std::ops::Range<u32>>,
     proofs_failed: u32,
     prove_again_at: Option<Instant>,
-    current: Option<Oid>,
+    pub(super) current: Option<Oid>,
     turn: usize,
     background: bool,
     proofs_too_old: u32,
@@ -74,6 +76,7 @@ impl Drainer {
         Drainer {
             only,
             proves,
+            backfill: Backfill::default(),
             barrier: None,
             findings: HashMap::new(),
             resting: HashMap::new(),
@@ -113,6 +116,11 @@ impl Drainer {
     pub fn step(&mut self) -> Result<Step> {
         self.current = None;
         failpoint::reach("step.begun")?;
+        self.take_turns()
+    }
+
+    /// The next thing of a rotation.
+    pub(super) fn drain(&mut self) -> Result<Step> {
         if let Some(key) = self.key_of_age()? {
             let slot = lifecycle::rotate(&key, "max_age reached")?;
             return Ok(Step::Worked(Worked {
@@ -212,7 +220,7 @@ impl Drainer {
         };
         let until = Instant::now() + wait;
         self.resting.insert(table, (tries, until, why.to_string()));
-        work::note(table, "", why)?;
+        work::put_off(table, why)?;
         Ok(until)
     }
 
@@ -221,7 +229,8 @@ impl Drainer {
         self.current = Some(leaf.table);
         shared::working_on(leaf.table.to_u32());
         refuse_paused(leaf)?;
-        let known = work::pass(leaf.table)?.filter(|pass| pass.wave == wave && pass.left == 0);
+        let known = work::pass(Book::Rotation, leaf.table)?
+            .filter(|pass| pass.wave == wave && pass.left == 0);
         let due = work::due(leaf.table)?;
         let found = self.findings.contains_key(&leaf.table);
         if known.is_some() && due.is_empty() && !found {
@@ -279,7 +288,7 @@ impl Drainer {
             skipped: report.moved + i64::try_from(report.locked.len()).unwrap_or(0),
         };
         failpoint::reach("batch.rewritten")?;
-        work::advance(leaf.table, cursor, left, &done)?;
+        work::advance(Book::Rotation, leaf.table, cursor, left, &done)?;
         failpoint::reach("batch.advanced")?;
         let took = begin.elapsed();
         size.learn(
@@ -314,7 +323,7 @@ impl Drainer {
     /// The pass over a table for this wave. One that was under way goes on from its cursor, once
     /// round, when another rotation joins; a new file begins at its first block.
     fn pass(&mut self, table: &Table, wave: &str) -> Result<Pass> {
-        let known = work::pass(table.oid())?;
+        let known = work::pass(Book::Rotation, table.oid())?;
         match known {
             Some(pass) if pass.file == table.file() && pass.wave == wave => Ok(pass),
             other => {
@@ -331,7 +340,7 @@ impl Drainer {
                     cursor,
                     left: table.blocks(),
                 };
-                work::begin_pass(table.oid(), &pass)?;
+                work::begin_pass(Book::Rotation, table.oid(), &pass)?;
                 failpoint::reach("pass.begun")?;
                 Ok(pass)
             }
@@ -541,7 +550,7 @@ fn retry(leaf: &Leaf, due: &[Tid]) -> Result<Option<Worked>> {
     }))
 }
 
-fn refuse_paused(leaf: &Leaf) -> std::result::Result<(), Unable> {
+pub(super) fn refuse_paused(leaf: &Leaf) -> std::result::Result<(), Unable> {
     match work::paused(leaf.table)? {
         Some(why) => Err(Unable::Paused(why)),
         None => Ok(()),
@@ -550,7 +559,7 @@ fn refuse_paused(leaf: &Leaf) -> std::result::Result<(), Unable> {
 
 /// The one door to a table's rows: one drainer, no wait for a lock, nothing in the table that must
 /// not run, the barrier held.
-fn enter(leaf: &Leaf) -> std::result::Result<Table, Unable> {
+pub(super) fn enter(leaf: &Leaf) -> std::result::Result<Table, Unable> {
     if !locks::become_drainer(catalog::registered_column()?, leaf.table) {
         return Err(Unable::Busy("another session re-encrypts it".to_string()));
     }
@@ -580,7 +589,7 @@ fn retry_rows(leaf: &Leaf, table: &Table, due: &[Tid]) -> Result<Report> {
     Ok(report)
 }
 
-enum Unable {
+pub(super) enum Unable {
     /// Somebody has paused it.
     Paused(String),
     /// Somebody else is at it: soon again.
@@ -598,7 +607,7 @@ impl From<crate::error::Error> for Unable {
 }
 
 /// Whether the leaf belongs to the table that was asked for.
-fn covers(only: Oid, leaf: Oid) -> bool {
+pub(super) fn covers(only: Oid, leaf: Oid) -> bool {
     only == leaf || crate::ffi::relation::leaves(only).contains(&leaf)
 }
 

@@ -18,7 +18,7 @@ use super::throttle;
 use crate::catalog::work;
 use crate::ffi::background::{self, Started};
 use crate::ffi::{hooks, scan, session, shared, timer};
-use crate::guc;
+use crate::{guc, lifecycle, root_key};
 
 /// The launcher's process.
 #[unsafe(no_mangle)]
@@ -161,6 +161,15 @@ fn visit() {
             return;
         }
     }
+    // At the start of the server every database is visited: a keyring that is well-formed but not
+    // this database's is named in the log then, not only on use.
+    let _ = background::transaction(|| {
+        if let Err(error) = lifecycle::try_active_root_key() {
+            let name = session::database_name();
+            root_key::warn(&error, &format!(" in database \"{name}\""));
+        }
+        Ok(())
+    });
     let mut drainer = Drainer::new(None, true).in_background();
     for entry in shared::entries() {
         let suspects = entry.suspects.iter().filter(|(table, _)| *table != 0);
@@ -243,7 +252,7 @@ fn rest(worked: &Worked, mut facts: Facts, throttle: &mut throttle::Gauge) {
             background::report(&format!("{}; rests: {}", worked.what, brake.words()));
             let table = worked.table.unwrap_or(pg_sys::InvalidOid);
             // For people only: that it could not be written stops nothing.
-            let _ = background::transaction(|| work::note(table, "", brake.words()));
+            let _ = background::transaction(|| work::put_off(table, brake.words()));
         }
         background::sleep(Some(Duration::from_millis(ms)));
         if !brake.is_alarm() || !guc::worker() {

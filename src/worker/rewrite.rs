@@ -1,8 +1,9 @@
-//! Re-encrypting rows of one table, in the caller's transaction.
+//! Changing rows of one table, in the caller's transaction: re-encrypting stale ones.
 //!
-//! Called by src/worker/drain.rs. Stale rows are found by the headers of their envelopes, locked
-//! without waiting, re-encrypted in memory and updated as the table's owner. What fails in the
-//! owner's code is undone, halved until one row is left, and reported by its SQLSTATE. Invariants:
+//! Called by src/worker/drain.rs; src/worker/backfill.rs runs a `Job` of its own. Rows are found by
+//! the headers of their envelopes, locked without waiting, changed in memory and updated as the
+//! table's owner. What fails in the owner's code is undone, halved until one row is left, and
+//! reported by its SQLSTATE. Invariants:
 //! I5, only the very version that was read is updated; I14, a bad row holds up no other; I15, no
 //! lock is waited for and the owner's code runs against a clock.
 
@@ -48,9 +49,9 @@ pub struct Report {
     pub stopped_at: Option<u32>,
     /// Rows looked at.
     pub scanned: i64,
-    /// Stale rows among them.
+    /// Rows among them that are to be changed.
     pub found: usize,
-    /// Rows re-encrypted.
+    /// Rows changed.
     pub rewritten: i64,
     /// Rows that somebody else had locked: to be tried again.
     pub locked: Vec<Tid>,
@@ -95,46 +96,22 @@ pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report
         .collect::<Result<Vec<_>>>()?;
     let refreshers = leaf.columns.iter().map(|c| Refresher::prepare(leaf, c));
     let refreshers = refreshers.collect::<Result<Vec<_>>>()?;
-    let job = Job {
+    let stale = Stale {
         leaf,
         table,
-        columns,
+        columns: &columns,
         kinds,
         contexts,
         refreshers,
         dismissed,
     };
-    let begin = Instant::now();
-    let mut parts: Vec<&[Tid]> = vec![&places];
-    let mut limit_ms = TRY_MS;
-    while let Some(part) = parts.pop() {
-        if begin.elapsed().as_millis() > HALVING_MS {
-            report.slow = true;
-            report.locked.extend_from_slice(part);
-            continue;
-        }
-        match job.attempt(part, limit_ms)? {
-            Ok(attempt) => attempt.join(&mut report),
-            Err(caught) => match Verdict::of(caught) {
-                Verdict::Retry => report.locked.extend_from_slice(part),
-                Verdict::Fatal => return Err(Error::Owner(caught.0)),
-                Verdict::Row if part.len() == 1 => report.failed.push(Failure {
-                    tid: part[0],
-                    slot: None,
-                    sqlstate: caught.sqlstate(),
-                    heads: heads_at(&job, part[0])?,
-                }),
-                Verdict::Row if caught.0 == Code::ERRCODE_QUERY_CANCELED => {
-                    limit_ms = ROW_MS;
-                    parts.extend(part.chunks(1).rev());
-                }
-                Verdict::Row => {
-                    let (left, right) = part.split_at(part.len() / 2);
-                    parts.extend([right, left]);
-                }
-            },
-        }
-    }
+    let job = Job {
+        table,
+        columns: &columns,
+        change: &|row, bad| stale.change(row, bad),
+        heads: &|place| stale.heads_at(place),
+    };
+    job.run(&places, &mut report)?;
     Ok(report)
 }
 
@@ -149,46 +126,39 @@ fn find(
     report: &mut Report,
 ) -> Result<Vec<Tid>> {
     let slots = stale::slots()?;
-    let snapshot = Snapshot::latest();
+    let is_one = |values: &[Option<pg_sys::Datum>]| {
+        values.iter().zip(kinds).any(|(datum, kind)| {
+            datum.is_some_and(|datum| concerned(&slots, dismissed, *kind, datum).is_some())
+        })
+    };
+    Ok(gather(table, blocks, most, columns, report, is_one))
+}
+
+/// Rows of `blocks` of which `is_one` says that they are to be changed, up to so many or the end of
+/// their block.
+pub fn gather(
+    table: &Table,
+    blocks: Range<u32>,
+    most: usize,
+    columns: &[i16],
+    report: &mut Report,
+    is_one: impl Fn(&[Option<pg_sys::Datum>]) -> bool,
+) -> Vec<Tid> {
     let mut places: Vec<Tid> = Vec::new();
-    table.scan(&snapshot, blocks, columns, |tid, values| {
+    table.scan(&Snapshot::latest(), blocks, columns, |tid, values| {
         // Whole blocks: one whose rows stay stale would be begun again and again.
         if places.len() >= most && places.last().is_some_and(|last| last.block < tid.block) {
             report.stopped_at = Some(tid.block);
             return false;
         }
         report.scanned += 1;
-        let mut datums = values.iter().zip(kinds);
-        let is_one = |(datum, kind): (&Option<pg_sys::Datum>, &Holds)| {
-            datum.is_some_and(|datum| concerned(&slots, dismissed, *kind, datum).is_some())
-        };
-        if datums.any(is_one) {
+        if is_one(values) {
             places.push(tid);
         }
         true
     });
-    Ok(places)
-}
-
-/// The envelopes of one row that a failure of the row as a whole concerns.
-fn heads_at(job: &Job<'_>, place: Tid) -> Result<Vec<Head>> {
-    let slots = stale::slots()?;
-    let snapshot = Snapshot::latest();
-    let mut heads = Vec::new();
-    let block = place.block..place.block + 1;
-    job.table
-        .scan(&snapshot, block, &job.columns, |tid, values| {
-            if tid == place {
-                for (value, kind) in values.iter().zip(&job.kinds) {
-                    let concerned =
-                        |datum| concerned(&slots, &job.dismissed, *kind, datum).map(|_| datum);
-                    let found = value.and_then(concerned);
-                    heads.extend(found.and_then(|datum| kind.head(datum)));
-                }
-            }
-            tid <= place
-        });
-    Ok(heads)
+    report.found = places.len();
+    places
 }
 
 /// What an error of the owner's code means for the batch.
@@ -233,18 +203,61 @@ impl Attempt {
     }
 }
 
-struct Job<'a> {
-    leaf: &'a Leaf,
-    table: &'a Table,
-    columns: Vec<i16>,
-    kinds: Vec<Holds>,
-    contexts: Vec<Option<Expression>>,
-    refreshers: Vec<Option<Refresher>>,
-    dismissed: HashSet<Head>,
+/// Rows of one table that are to be changed, by whoever acts as its owner.
+pub struct Job<'a> {
+    /// The table.
+    pub table: &'a Table,
+    /// The columns that may change.
+    pub columns: &'a [i16],
+    /// The new values of a row.
+    pub change: Change<'a>,
+    /// The envelopes of one row that a failure of the row as a whole concerns.
+    pub heads: &'a dyn Fn(Tid) -> Result<Vec<Head>>,
 }
 
+/// The new values of a row, in the memory context that lasts until it is stored. What is wrong with
+/// the row is told in `Bad`; an error ends the batch.
+pub type Change<'a> =
+    &'a dyn Fn(*mut pg_sys::TupleTableSlot, &mut Bad) -> Result<Vec<(i16, pg_sys::Datum)>>;
+
 impl Job<'_> {
-    /// Re-encrypts all of `places` in one subtransaction. The inner error is the owner's.
+    /// Changes the rows at `places`, in halves where the owner's code fails.
+    pub fn run(&self, places: &[Tid], report: &mut Report) -> Result<()> {
+        let begin = Instant::now();
+        let mut parts: Vec<&[Tid]> = vec![places];
+        let mut limit_ms = TRY_MS;
+        while let Some(part) = parts.pop() {
+            if begin.elapsed().as_millis() > HALVING_MS {
+                report.slow = true;
+                report.locked.extend_from_slice(part);
+                continue;
+            }
+            match self.attempt(part, limit_ms)? {
+                Ok(attempt) => attempt.join(report),
+                Err(caught) => match Verdict::of(caught) {
+                    Verdict::Retry => report.locked.extend_from_slice(part),
+                    Verdict::Fatal => return Err(Error::Owner(caught.0)),
+                    Verdict::Row if part.len() == 1 => report.failed.push(Failure {
+                        tid: part[0],
+                        slot: None,
+                        sqlstate: caught.sqlstate(),
+                        heads: (self.heads)(part[0])?,
+                    }),
+                    Verdict::Row if caught.0 == Code::ERRCODE_QUERY_CANCELED => {
+                        limit_ms = ROW_MS;
+                        parts.extend(part.chunks(1).rev());
+                    }
+                    Verdict::Row => {
+                        let (left, right) = part.split_at(part.len() / 2);
+                        parts.extend([right, left]);
+                    }
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes all of `places` in one subtransaction. The inner error is the owner's.
     fn attempt(
         &self,
         places: &[Tid],
@@ -253,10 +266,10 @@ impl Job<'_> {
         let limit = Limit::start(limit_ms);
         let outcome = subtransaction(|| {
             let mut attempt = Attempt::default();
-            let mut updater = Updater::begin(self.table, &self.columns);
+            let mut updater = Updater::begin(self.table, self.columns);
             for &tid in places {
                 let mut bad = Bad::default();
-                let updated = updater.update(tid, |row| self.change(row, &mut bad))?;
+                let updated = updater.update(tid, |row| (self.change)(row, &mut bad))?;
                 let mut place = tid;
                 match updated {
                     Updated::Done(new) => {
@@ -282,6 +295,40 @@ impl Job<'_> {
             Err(caught) => Ok(Err(caught)),
         }
     }
+}
+
+/// What is stale in the rows of one table.
+struct Stale<'a> {
+    leaf: &'a Leaf,
+    table: &'a Table,
+    columns: &'a [i16],
+    kinds: Vec<Holds>,
+    contexts: Vec<Option<Expression>>,
+    refreshers: Vec<Option<Refresher>>,
+    dismissed: HashSet<Head>,
+}
+
+impl Stale<'_> {
+    /// The envelopes of one row that are to be re-encrypted.
+    fn heads_at(&self, place: Tid) -> Result<Vec<Head>> {
+        let slots = stale::slots()?;
+        let snapshot = Snapshot::latest();
+        let mut heads = Vec::new();
+        let block = place.block..place.block + 1;
+        self.table
+            .scan(&snapshot, block, self.columns, |tid, values| {
+                if tid == place {
+                    for (value, kind) in values.iter().zip(&self.kinds) {
+                        let concerned =
+                            |datum| concerned(&slots, &self.dismissed, *kind, datum).map(|_| datum);
+                        let found = value.and_then(concerned);
+                        heads.extend(found.and_then(|datum| kind.head(datum)));
+                    }
+                }
+                tid <= place
+            });
+        Ok(heads)
+    }
 
     /// The new envelopes of a row. What does not open is told in `bad`; an error ends the batch:
     /// without a root key no row is at fault.
@@ -292,7 +339,7 @@ impl Job<'_> {
     ) -> Result<Vec<(i16, pg_sys::Datum)>> {
         let slots = stale::slots()?;
         let mut changes = Vec::new();
-        let values = columns_of(row, &self.columns);
+        let values = columns_of(row, self.columns);
         for at in 0..values.len() {
             let Some(datum) = values[at] else { continue };
             let kind = self.kinds[at];
@@ -351,7 +398,7 @@ fn concerned(
 
 /// What is wrong with one row: one entry, whatever the number of its columns.
 #[derive(Default)]
-struct Bad {
+pub struct Bad {
     first: Option<(Option<SlotId>, String)>,
     heads: Vec<Head>,
     changing: Vec<Head>,
@@ -361,6 +408,11 @@ impl Bad {
     fn add(&mut self, slot: SlotId, sqlstate: String, head: Option<Head>) {
         self.first.get_or_insert((Some(slot), sqlstate));
         self.heads.extend(head);
+    }
+
+    /// A value of the row cannot be had.
+    pub fn value(&mut self, sqlstate: String) {
+        self.first.get_or_insert((None, sqlstate));
     }
 
     /// A trigger has refused the row silently: triggered_action_exception.

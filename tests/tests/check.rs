@@ -768,6 +768,40 @@ fn pauses_that_have_no_end_or_are_old() {
 }
 
 #[test]
+fn live_columns_without_their_trigger_that_wait_for_their_end_or_are_not_filled() {
+    let mut client = database("live").connect();
+    client.run(
+        "CREATE TABLE l (id int PRIMARY KEY, email text);
+         INSERT INTO l VALUES (1, 'mail1');
+         SELECT rekey.encrypt_column('l', 'email', 'sealed', 'pii')",
+    );
+    client.run("CALL rekey.reencrypt('l')");
+    gone(&mut client, "table public.l", "");
+    let trigger = client.text("SELECT trigger_name FROM rekey.live_columns");
+    for mode in ["DISABLE", "ENABLE"] {
+        client.run(&format!("ALTER TABLE l {mode} TRIGGER {trigger}"));
+        mended(&mut client, "error", "table public.l", "writes pass it");
+    }
+    client.run("UPDATE rekey.backfill_state SET updated_at = now() - interval '8 days'");
+    mended(
+        &mut client,
+        "warning",
+        "table public.l",
+        "column email has been encrypted into sealed since",
+    );
+    client.run(
+        "SELECT rekey.encrypt_column('l', 'email', 'again', 'pii');
+         CALL rekey.reencrypt('l')",
+    );
+    client.run(
+        "UPDATE rekey.backfill_state SET phase = 'backfill',
+             note = '1 rows are still to be filled: row (0,1) fails with SQLSTATE 22012'",
+    );
+    let words = "its live columns are not filled: 1 rows";
+    reported(&mut client, "warning", "table public.l", words);
+}
+
+#[test]
 fn rows_under_quarantine() {
     let mut client = database("rows").connect();
     client.run(

@@ -5,7 +5,7 @@
 //! that cannot be worked on is left for a while and holds up the proof, not the other tables.
 //! Nothing here has to survive a crash: cursors and results are in the catalog.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use pgrx::pg_sys::Oid;
@@ -63,6 +63,7 @@ pub struct Drainer {
     pub(super) current: Option<Oid>,
     turn: usize,
     background: bool,
+    entered: HashSet<(Book, Oid)>,
     proofs_too_old: u32,
     ages_read_at: Option<Instant>,
 }
@@ -87,6 +88,7 @@ impl Drainer {
             current: None,
             turn: 0,
             background: false,
+            entered: HashSet::new(),
             proofs_too_old: 0,
             ages_read_at: None,
         }
@@ -224,6 +226,21 @@ impl Drainer {
         Ok(until)
     }
 
+    /// Before the worker enters a table for the first time it says so, in a transaction of its own
+    /// that is to be committed now: true. If it dies there, and the server with it, the next worker
+    /// lets the table rest, longer each time, so that one table does not keep the server restarting.
+    pub(super) fn announce(&mut self, book: Book, table: Oid) -> std::result::Result<bool, Unable> {
+        if !self.background || !self.entered.insert((book, table)) {
+            return Ok(false);
+        }
+        let deaths = work::begin_attempt(book, table)?;
+        if deaths == 0 {
+            return Ok(true);
+        }
+        self.suspect(table, deaths - 1);
+        Err(Unable::Refused("a worker died at it".to_string()))
+    }
+
     /// One batch of a table; None when its pass is complete.
     fn visit(&mut self, leaf: &Leaf, wave: &str) -> std::result::Result<Option<Worked>, Unable> {
         self.current = Some(leaf.table);
@@ -239,6 +256,13 @@ impl Drainer {
             if file == known.map(|pass| pass.file) {
                 return Ok(None);
             }
+        }
+        if self.announce(Book::Rotation, leaf.table)? {
+            let what = format!("{}: begins", table::name(leaf.table)?);
+            return Ok(Some(Worked {
+                what,
+                ..Worked::default()
+            }));
         }
         let begin = Instant::now();
         let table = enter(leaf)?;

@@ -657,20 +657,10 @@ pub(super) fn covers(only: Oid, leaf: Oid) -> bool {
 
 /// The slots that await a drain: compromised ones first, alone.
 fn targets() -> Result<Vec<SlotRow>> {
-    let previous: Vec<SlotRow> = read::all_slots()?
+    let slots = stale::slots()?;
+    let mut targets: Vec<SlotRow> = read::all_slots()?
         .into_iter()
         .filter(|slot| slot.state == SlotState::Previous)
-        .collect();
-    let mut slots = stale::slots()?;
-    // Who is woken by a rotation and found it current would sleep, and nobody would wake him.
-    if previous
-        .iter()
-        .any(|slot| slots.standing(slot.id) != Standing::Stale)
-    {
-        slots = stale::fresh()?;
-    }
-    let mut targets: Vec<SlotRow> = previous
-        .into_iter()
         .filter(|slot| slots.standing(slot.id) == Standing::Stale)
         .collect();
     if targets.iter().any(|slot| slot.compromised) {

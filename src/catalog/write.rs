@@ -241,8 +241,8 @@ pub fn delete_key(name: &str) -> Result<()> {
     .map(|_| ())
 }
 
-/// Inserts keys with the policy of another one, owned by `owner` and with the other's grants but for
-/// its owners; returns the names of those that are new. In the order of their names, so that two
+/// Inserts keys with the policy of another one, owned by `owner` and with the other's grants but
+/// for its owners; returns the names of those that are new. In the order of their names, so that two
 /// sessions that create the same ones do not wait for each other.
 pub fn insert_keys_like(names: &[&str], like: &str, owner: pg_sys::Oid) -> Result<Vec<String>> {
     let inserted = rows(

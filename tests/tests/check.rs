@@ -789,10 +789,8 @@ fn live_columns_without_their_trigger_that_wait_for_their_end_or_are_not_filled(
         "table public.l",
         "column email has been encrypted into sealed since",
     );
-    client.run(
-        "SELECT rekey.encrypt_column('l', 'email', 'again', 'pii');
-         CALL rekey.reencrypt('l')",
-    );
+    client.run("SELECT rekey.encrypt_column('l', 'email', 'again', 'pii')");
+    client.run("CALL rekey.reencrypt('l')");
     client.run(
         "UPDATE rekey.backfill_state SET phase = 'backfill',
              note = '1 rows are still to be filled: row (0,1) fails with SQLSTATE 22012'",

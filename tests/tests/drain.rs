@@ -530,6 +530,56 @@ fn after_drain_acts_when_everything_is_past() {
 }
 
 #[test]
+fn slots_end_by_one_second_scan_and_one_that_may_not_go_holds_up_no_other() {
+    let database = database("several");
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.create_key('k' || i, grace => '0') FROM generate_series(1, 5) AS i;
+         SELECT rekey.set_policy('k' || i, after_drain => CASE WHEN i = 2 THEN 'disable'
+             ELSE 'destroy' END) FROM generate_series(1, 5) AS i;
+         CREATE TABLE elsewhere AS SELECT encrypt_col('x', 'k1') AS c;
+         SELECT rotate_key('k' || i) FROM generate_series(1, 5) AS i",
+    );
+    let ended = "SELECT string_agg(key_name || ' ' || state, ', ' ORDER BY key_name) \
+                   FROM rekey.slots WHERE version = 1 AND key_name LIKE 'k%'";
+    wait_until("four of them have ended", || {
+        reencrypt(&mut client);
+        client.text(ended) == "k1 drained, k2 disabled, k3 destroyed, k4 destroyed, k5 destroyed"
+    });
+    let together = "SELECT count(DISTINCT xid) FROM rekey.audit WHERE action = 'after_drain'";
+    assert_eq!(client.number(together), 1);
+    let slot = client.text("SELECT slot_id::text FROM rekey.slots WHERE state = 'drained'");
+    client
+        .refuse(&format!("SELECT rekey.destroy_slot({slot})"), "55000")
+        .names("elsewhere");
+}
+
+#[test]
+fn after_drain_waits_for_a_registered_column_that_is_missing() {
+    let database = database("missing");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE u (id int PRIMARY KEY, c bytea);
+         SELECT rekey.register_column('u', 'c');
+         SELECT rotate_key('pii')",
+    );
+    reencrypt(&mut client);
+    client.run(
+        "ALTER TABLE u DROP COLUMN c;
+         SELECT rekey.set_policy('pii', after_drain => 'destroy')",
+    );
+    let (mut noticing, notices) = database.cluster.connect_noticing(&database.name);
+    wait_until("it says what is missing", || {
+        noticing.run("CALL rekey.reencrypt()");
+        let notices = notices.lock().expect("the notices");
+        notices
+            .iter()
+            .any(|notice| notice.contains("column \"c\" is gone"))
+    });
+    assert_eq!(states(&mut client), ["drained", "active"]);
+}
+
+#[test]
 fn a_batch_behind_rows_that_are_not_stale_is_as_small_as_a_first_one() {
     let database = database("small");
     let mut client = database.connect();

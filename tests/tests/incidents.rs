@@ -65,12 +65,6 @@ fn drained(client: &mut Client) {
     });
 }
 
-/// A worker that has seen the pause last may sleep for as long as a test waits.
-fn drained_after_a_pause(client: &mut Client) {
-    client.run("CALL rekey.reencrypt()");
-    drained(client);
-}
-
 /// The path of a file of this cluster, for a tool's arguments.
 fn path(cluster: &Cluster, name: &str) -> String {
     let path = cluster.dir().join(name);
@@ -171,7 +165,7 @@ fn disk_filling() {
     page.steps(5, &cluster, "app");
     cluster.append("rekey.min_free_disk = '1MB'");
     page.step(&cluster, "app");
-    drained_after_a_pause(&mut client);
+    drained(&mut client);
     page.rest(&cluster, "app");
 }
 
@@ -197,7 +191,7 @@ fn replication_lag() {
     page.steps(2, &primary, "app");
     page.steps(2, &standby, "app");
     page.steps(3, &primary, "app");
-    drained_after_a_pause(&mut client);
+    drained(&mut client);
     page.rest(&primary, "app");
 }
 

@@ -15,7 +15,7 @@ names=("$@")
 [ ${#names[@]} -gt 0 ] || names=(sqlalchemy django sqlx node-postgres flyway)
 PATH=$PATH:/usr/sbin # where Debian has pgbouncer
 bouncer_port=6432
-connections=4 # of PgBouncer to the server; a round of SQLAlchemy's has three transactions
+connections=5 # of PgBouncer to the server
 
 # For each example: install what it needs, migrate, run the application, undo the migrations. Run
 # in its copy; `run` answers each line that it reads with one line.
@@ -84,8 +84,8 @@ copy() { # NAME: a fresh copy, in which what was installed stays
     cp -pR "$REKEY_ROOT/examples/$1/." "$app"
 }
 
-# Each transaction goes to another server connection than the one before it, so that whatever an application
-# leaves in a session is missing, or in the way, at its next one.
+# Each transaction goes to another server connection than the one before it, so that whatever an
+# application leaves in a session is missing, or in the way, at its next one.
 start_bouncer() {
     as_server tee "$CLUSTER_DIR/pgbouncer.ini" >/dev/null <<INI
 [databases]
@@ -118,8 +118,8 @@ fill_pool() {
     until [ "$(sql "SELECT count(*) FROM pg_stat_activity
                      WHERE usename = 'app' AND datname = current_database()")" = $connections ]; do
         [ $SECONDS -lt $deadline ] || die "PgBouncer does not open $connections connections"
-        PGUSER=app PGPORT=$bouncer_port "$CLUSTER_BIN/pgbench" -n -c $connections -j $connections -t 1 \
-            -f "$SCRATCH/sleep.sql" >/dev/null 2>&1
+        PGUSER=app PGPORT=$bouncer_port "$CLUSTER_BIN/pgbench" -n -t 1 -c $connections \
+            -j $connections -f "$SCRATCH/sleep.sql" >/dev/null 2>&1
     done
 }
 
@@ -127,76 +127,93 @@ expect() { # WHAT QUERY: the query answers t
     [ "$(sql "$2")" = t ] || die "$PGDATABASE: not so: $1"
 }
 
-play() { # NAME WAY
-    local name=$1 port=5432 table keys="(SELECT slot_id FROM rekey.slots WHERE state = 'active')" n=0
-    [ "$2" = direct ] || port=$bouncer_port
-    local -x PGDATABASE=postgres
-    app=$REKEY_WORK/examples/$name
-    sql "CREATE DATABASE \"$name-$2\" OWNER app"
-    PGDATABASE=$name-$2
+new_database() { # NAME: becomes PGDATABASE, owned by the application
+    PGDATABASE=postgres sql "CREATE DATABASE \"$1\" OWNER app"
+    PGDATABASE=$1
     PGOPTIONS='-c client_min_messages=warning' sql_file "$REKEY_ROOT/examples/setup.sql" >/dev/null
     # Slots end as soon as they are drained, so that the whole life of one fits into a test.
-    sql "SELECT rekey.set_policy(key_name, grace => '0', after_drain => 'destroy') FROM rekey.keys" \
-        >/dev/null
+    sql "SELECT rekey.set_policy(key_name, grace => '0', after_drain => 'destroy')
+           FROM rekey.keys" >/dev/null
+}
 
-    (cd "$app" && export PGUSER=app && "migrate_$name") >"$SCRATCH/migrate" 2>&1 ||
+# The application's pipes are in `to` and `from`, the rounds so far in `n`: all are play's.
+round() { # NAME OF A NEW CUSTOMER
+    local answer
+    n=$((n + 1))
+    { echo "$1" >&"$to" && read -r -t 60 answer <&"$from" && [ "$answer" = $n ]; } 2>/dev/null ||
+        { cat "$SCRATCH/errors" >&2; die "$PGDATABASE: the application fails in round $1"; }
+}
+
+rounds_until_old_slots_are_destroyed() {
+    local deadline=$((SECONDS + 120)) old
+    while old=$(sql "SELECT count(*) FROM rekey.slots
+                      WHERE state NOT IN ('active', 'destroyed')") && [ "$old" -gt 0 ]; do
+        [ $SECONDS -lt $deadline ] || {
+            sql "SELECT * FROM rekey.progress; SELECT * FROM rekey.errors" >&2
+            die "$PGDATABASE: the old slots are not destroyed within two minutes"
+        }
+        round "draining-$n"
+        sleep 0.2
+    done
+}
+
+# All that the application did is in the log, and no email.
+check_log() { # WAY, FIRST BYTE OF THE LOG
+    tail -c +"$2" "$CLUSTER_DIR/server.log" >"$SCRATCH/log"
+    grep -o '\[[0-9]*\] LOG:  execute <unnamed>: ' "$SCRATCH/log" >"$SCRATCH/bound" || true
+    [ "$(wc -l <"$SCRATCH/bound")" -ge $((4 * n)) ] ||
+        die "$PGDATABASE: the log does not have its statements, with bound parameters"
+    ! grep -i 'example\.org' "$SCRATCH/log" >&2 || die "$PGDATABASE: the log has an email"
+    [ "$1" = pgbouncer ] || return 0
+    [ "$(sort -u "$SCRATCH/bound" | wc -l)" = $connections ] ||
+        die "$PGDATABASE: its transactions did not go over $connections server connections"
+    ! grep 'LOG:  execute [^<]' "$SCRATCH/log" >&2 ||
+        die "$PGDATABASE: it keeps prepared statements in a session"
+}
+
+play() { # NAME WAY
+    local name=$1 way=$2 port=5432 n=0 table log_begins
+    local active="(SELECT slot_id FROM rekey.slots WHERE state = 'active')"
+    local -x PGDATABASE
+    [ "$way" = direct ] || port=$bouncer_port
+    app=$REKEY_WORK/examples/$name
+    new_database "$name-$way"
+    (cd "$app" && PGUSER=app "migrate_$name") >"$SCRATCH/migrate" 2>&1 ||
         { cat "$SCRATCH/migrate" >&2; die "$name: the migrations fail"; }
     table=$(sql "SELECT DISTINCT table_name FROM rekey.columns")
     [ -n "$table" ] || die "$name: no column is registered"
 
-    local log_begins=$(($(stat -c %s "$CLUSTER_DIR/server.log") + 1))
-    coproc APP { cd "$app" && export PGUSER=app PGPORT=$port && "run_$name" 2>"$SCRATCH/errors"; }
+    log_begins=$(($(stat -c %s "$CLUSTER_DIR/server.log") + 1))
+    coproc APP { cd "$app" && PGUSER=app PGPORT=$port "run_$name" 2>"$SCRATCH/errors"; }
     local application=$APP_PID to=${APP[1]} from=${APP[0]}
-    round() { # NAME
-        local answer
-        n=$((n + 1))
-        { echo "$1" >&"$to" && read -r -t 60 answer <&"$from" && [ "$answer" = $n ]; } 2>/dev/null ||
-            { cat "$SCRATCH/errors" >&2; die "$name, $2: the application fails in round $1"; }
-    }
-    round before "$2"
-    [ "$2" = direct ] || fill_pool
+    round before
+    [ "$way" = direct ] || fill_pool
     # Enough for a driver to find out that it executes the same statements again and again.
-    while [ "$n" -lt 8 ]; do round "before-$n" "$2"; done
+    while [ "$n" -lt 8 ]; do round "before-$n"; done
 
     sql "SELECT rekey.pause()" >/dev/null
     sql "SELECT rotate_key(key_name) FROM rekey.keys" >/dev/null
-    round rotated "$2"
+    round rotated
     expect "rows of old and new slots stand side by side" "
-        SELECT count(*) FILTER (WHERE rekey.slot_id(email) IN $keys) = 1
-               AND count(*) FILTER (WHERE rekey.fingerprint_slot_id(email_fp) IN $keys) = 1
+        SELECT count(*) FILTER (WHERE rekey.slot_id(email) IN $active) = 1
+               AND count(*) FILTER (WHERE rekey.fingerprint_slot_id(email_fp) IN $active) = 1
                AND count(*) = $n FROM $table"
 
     sql "SELECT rekey.resume()" >/dev/null
-    local deadline=$((SECONDS + 120)) old
-    while old=$(sql "SELECT count(*) FROM rekey.slots WHERE state NOT IN ('active', 'destroyed')") &&
-        [ "$old" -gt 0 ]; do
-        [ $SECONDS -lt $deadline ] || {
-            sql "SELECT * FROM rekey.progress; SELECT * FROM rekey.errors" >&2
-            die "$name, $2: the old slots are not destroyed within two minutes"
-        }
-        round "draining-$n" "$2"
-        sleep 0.2
-    done
-    round after "$2"
+    rounds_until_old_slots_are_destroyed
+    round after
     expect "every row is under the active slots" "
-        SELECT bool_and(rekey.slot_id(email) IN $keys
-               AND rekey.fingerprint_slot_id(email_fp) IN $keys) AND count(*) = $n FROM $table"
+        SELECT bool_and(rekey.slot_id(email) IN $active
+               AND rekey.fingerprint_slot_id(email_fp) IN $active) AND count(*) = $n FROM $table"
 
     exec {to}>&-
-    wait "$application" || die "$name, $2: the application fails at its end"
-    # All that the application did is in the log, and no email.
-    tail -c +"$log_begins" "$CLUSTER_DIR/server.log" >"$SCRATCH/log"
-    grep -o '\[[0-9]*\] LOG:  execute <unnamed>: ' "$SCRATCH/log" >"$SCRATCH/bound" || true
-    [ "$(wc -l <"$SCRATCH/bound")" -ge $((4 * n)) ] ||
-        die "$name, $2: the log does not have its statements, with bound parameters"
-    [ "$2" = direct ] || [ "$(sort -u "$SCRATCH/bound" | wc -l)" = $connections ] ||
-        die "$name, $2: its transactions did not go over $connections server connections"
-    ! grep -i 'example\.org' "$SCRATCH/log" >&2 || die "$name, $2: the log has an email"
-    (cd "$app" && export PGUSER=app && "undo_$name") >"$SCRATCH/undo" 2>&1 ||
+    wait "$application" || die "$PGDATABASE: the application fails at its end"
+    check_log "$way" "$log_begins"
+    (cd "$app" && PGUSER=app "undo_$name") >"$SCRATCH/undo" 2>&1 ||
         { cat "$SCRATCH/undo" >&2; die "$name: the way back fails"; }
-
-    say "$(printf '%-13s %-9s' "$name" "$2") $n rounds: all found and opened, before, during, after"
-    PGDATABASE=postgres sql "DROP DATABASE \"$name-$2\" WITH (FORCE)"
+    say "$(printf '%-13s %-9s' "$name" "$way") $n customers sealed, found and opened before," \
+        "during and after a rotation of both keys; old slots destroyed; no email in the log"
+    PGDATABASE=postgres sql "DROP DATABASE \"$name-$way\" WITH (FORCE)"
 }
 
 install_debian_packages
@@ -206,6 +223,7 @@ for name in "${names[@]}"; do
     copy "$name"
     (cd "$app" && "install_$name")
 done
+trap '' PIPE # an application that has ended is a failed round, with its errors
 CLUSTER_KEEP_LOG=$REKEY_WORK/examples-server.log
 cluster_start debug "fsync = off" "log_statement = all" "log_min_duration_statement = 0" \
     "log_parameter_max_length = 0"

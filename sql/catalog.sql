@@ -154,7 +154,8 @@ CREATE TABLE rekey.progress_state (
     note           text NOT NULL DEFAULT '',
     started_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
     updated_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
-    rows_unlisted  bigint NOT NULL DEFAULT 0
+    rows_unlisted  bigint NOT NULL DEFAULT 0,
+    attempts       integer NOT NULL DEFAULT 0
 );
 COMMENT ON TABLE rekey.progress_state IS 'Where re-encryption of a table stands; not dumped';
 COMMENT ON COLUMN rekey.progress_state.table_name IS 'Table, a leaf where it is partitioned';
@@ -171,6 +172,7 @@ COMMENT ON COLUMN rekey.progress_state.note IS 'What it waits for';
 COMMENT ON COLUMN rekey.progress_state.started_at IS 'When the pass began';
 COMMENT ON COLUMN rekey.progress_state.updated_at IS 'When the last batch was committed';
 COMMENT ON COLUMN rekey.progress_state.rows_unlisted IS 'Rows that failed and that rekey.quarantine has no room for';
+COMMENT ON COLUMN rekey.progress_state.attempts IS 'Workers that have entered the table since the last batch: more than one when they die at it';
 
 CREATE TABLE rekey.live_column (
     trigger_name text COLLATE "C" PRIMARY KEY,
@@ -214,7 +216,8 @@ CREATE TABLE rekey.backfill_state (
     note           text NOT NULL DEFAULT '',
     started_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
     updated_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
-    rows_unlisted  bigint NOT NULL DEFAULT 0
+    rows_unlisted  bigint NOT NULL DEFAULT 0,
+    attempts       integer NOT NULL DEFAULT 0
 );
 COMMENT ON TABLE rekey.backfill_state IS 'How far the live columns of a table are filled; not dumped. The columns are those of rekey.progress_state';
 COMMENT ON COLUMN rekey.backfill_state.table_name IS 'Table, a leaf where it is partitioned';
@@ -231,6 +234,7 @@ COMMENT ON COLUMN rekey.backfill_state.note IS 'What it waits for';
 COMMENT ON COLUMN rekey.backfill_state.started_at IS 'When the first pass began';
 COMMENT ON COLUMN rekey.backfill_state.updated_at IS 'When the last batch was committed';
 COMMENT ON COLUMN rekey.backfill_state.rows_unlisted IS 'None: a row that fails stays unfilled, and is looked at again';
+COMMENT ON COLUMN rekey.backfill_state.attempts IS 'Workers that have entered the table since the last batch: more than one when they die at it';
 
 CREATE TABLE rekey.pause (
     table_name   regclass PRIMARY KEY,

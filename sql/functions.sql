@@ -332,7 +332,7 @@ CREATE FUNCTION rekey.find_envelopes() RETURNS TABLE (table_name text, column_na
            AS p(table_name text, column_name text, slot_id bigint, envelopes bigint)
 $$;
 COMMENT ON FUNCTION rekey.find_envelopes() IS
-    'Envelopes in bytea columns, materialized views and defaults that nobody has registered; reads every table';
+    'Envelopes and fingerprints in bytea columns, materialized views and defaults that nobody has registered; reads every table';
 
 CREATE FUNCTION rekey.rotation_forecast(key_name text) RETURNS text
     LANGUAGE c STABLE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'rotation_forecast_wrapper';
@@ -340,7 +340,7 @@ COMMENT ON FUNCTION rekey.rotation_forecast(text) IS
     'What explain_rotation returns, as JSON';
 
 CREATE FUNCTION rekey.explain_rotation(key_name text DEFAULT '') RETURNS TABLE (item text, object text, figure text, note text)
-    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT f.item, f.object, f.figure, f.note
       FROM ROWS FROM (pg_catalog.jsonb_to_recordset(rekey.rotation_forecast(key_name)::jsonb)
                AS (item text, object text, figure text, note text)) WITH ORDINALITY

@@ -18,8 +18,8 @@ const BLOCKS_PER_SECOND: f64 = 50_000.0;
 const WAL_OF_A_ROW: f64 = 200.0;
 /// WAL of one new index entry.
 const WAL_OF_AN_ENTRY: f64 = 80.0;
-/// WAL for each byte that is stored out of line: the new chunks with their index, and the page images
-/// of the old ones, which are deleted. 26 MB were measured for 10 MB.
+/// WAL for each byte that is stored out of line: the new chunks with their index, and the page
+/// images of the old ones, which are deleted. 26 MB were measured for 10 MB.
 const WAL_OUT_OF_LINE: f64 = 1.1;
 const WAL_OF_OLD_CHUNKS: f64 = 1.3;
 
@@ -185,10 +185,11 @@ pub fn duration(seconds: f64) -> String {
 /// of `piece` blocks that are spread over the table, each at a place that `seed` shifts.
 #[must_use]
 pub fn spread(blocks: u32, most: u32, piece: u32, seed: u64) -> Vec<std::ops::Range<u32>> {
-    if blocks <= most {
-        return std::iter::once(0..blocks).collect();
-    }
-    let pieces = (most / piece).max(1);
+    let (pieces, piece) = if blocks <= most {
+        (1, blocks)
+    } else {
+        ((most / piece).max(1), piece)
+    };
     let step = blocks / pieces;
     let mut state = seed;
     let mut shift = || {

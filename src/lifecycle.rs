@@ -188,6 +188,21 @@ pub fn unwrap_one_of(slot: &SlotRow, wraps: &[(RootId, Vec<u8>)]) -> Result<Dek>
     })?
 }
 
+/// Whether this server holds the active root key of the database, and the right one; F0000 or 58000
+/// says why not. None: the database has not adopted one.
+pub fn try_active_root_key() -> Result<Option<RootId>> {
+    let roots = read::root_keys()?;
+    let Some(active) = roots.iter().find(|root| root.state == "active") else {
+        return Ok(None);
+    };
+    let check = root_key::with_any(&[active.id], |_, key| key.check())?;
+    if check[..] == active.check[..] {
+        Ok(Some(active.id))
+    } else {
+        Err(wrong_root_key(active.id))
+    }
+}
+
 fn wrong_root_key(id: RootId) -> Error {
     Error::RootKey(
         format!("Root key {id} does not match its check value in the catalog."),

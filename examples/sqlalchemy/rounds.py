@@ -1,4 +1,4 @@
-"""Tries everything once for each line it reads; `make test-examples` rotates the keys between two."""
+"""Tries everything once for each line it reads, between two of which the test rotates the keys."""
 
 import sys
 

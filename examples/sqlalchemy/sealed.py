@@ -17,10 +17,10 @@ class Sealed(TypeDecorator):
 
     def bind_expression(self, value):
         text = type_coerce(value, Text)
-        return func.encrypt_col(text, self.key, func.rekey.context(self.context))
+        return func.encrypt_col(text, self.key, self.context)
 
     def column_expression(self, column):
-        return func.decrypt_col(column, func.rekey.context(self.context), type_=Text)
+        return func.decrypt_col(column, self.context, type_=Text)
 
 
 class Fingerprint(TypeDecorator):

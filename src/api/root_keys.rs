@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
 use crate::ffi::session;
 use crate::root_key::{self, Source};
-use crate::root_rotation;
+use crate::{lifecycle, root_rotation};
 
 /// A root id as SQL shows it.
 pub fn root_id(text: &str) -> Result<RootId> {
@@ -110,14 +110,8 @@ fn reload_root_keys(fcinfo: FunctionCallInfo) -> Reply {
 #[pg_extern(sql = false)]
 fn ready(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |_| {
-        let roots = read::root_keys()?;
-        let Some(active) = roots.iter().find(|root| root.state == "active") else {
-            return Ok(Reply::bool(false));
-        };
-        let check = root_key::with_any(&[active.id], |_, key| key.check());
-        Ok(Reply::bool(
-            check.is_ok_and(|check| check[..] == active.check[..]),
-        ))
+        let held = lifecycle::try_active_root_key();
+        Ok(Reply::bool(held.is_ok_and(|root| root.is_some())))
     })
 }
 

@@ -11,7 +11,7 @@ use crate::catalog::write;
 use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
 use crate::ffi::session;
-use crate::worker::ending;
+use crate::worker::ending::{self, Candidate};
 use crate::{lifecycle, registry};
 
 /// The slot of the first argument, which the caller may manage, its key locked.
@@ -75,7 +75,11 @@ fn prove_again(slot: &SlotRow, destroy: bool) -> Result<()> {
         .first()
         .map(|trouble| format!("{}: {}", trouble.table, trouble.what));
     if why.is_none() {
-        why = ending::may_go(slot, &leaves, destroy, None)?;
+        let slot = slot.clone();
+        why = ending::may_go(&[Candidate { slot, destroy }], &leaves, None)?
+            .into_iter()
+            .next()
+            .flatten();
     }
     match why {
         None => Ok(()),

@@ -174,7 +174,7 @@ fn with_key<R>(name: &[u8], asks: Asks, make: impl FnOnce(&LookupKey) -> R) -> R
     let mut attempt = |cache: &mut Cache, generation: u64| {
         let known = match cache.lookups.peek_mru() {
             Some((latest, known)) if **latest == *name => Some(known),
-            _ => cache.lookups.get(name).map(|known| &*known),
+            _ => cache.lookups.get(name),
         };
         let usable = known.filter(|key| {
             key.generation == generation

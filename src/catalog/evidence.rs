@@ -1,15 +1,16 @@
 //! What an auditor asks of a key, as one JSON document (PCI DSS 3.6 and 3.7: inventory,
 //! cryptoperiods, custodians, replacement, destruction).
 //!
-//! Called by rekey.evidence(). Reads the catalog only: no table of users', no key material.
+//! Called by rekey.evidence(). Reads the catalog only: no table of users', no key
+//! material. Assigns no transaction id: an auditor may ask a standby.
 
 use crate::error::Result;
-use crate::ffi::sql::{Arg, text};
+use crate::ffi::sql::{Arg, look};
 use pgrx::pg_sys::Datum;
 
 /// The document for one key, or with an empty name for all; acts since a timestamptz datum.
 pub fn document(key: &str, since: Option<Datum>) -> Result<String> {
-    let found = text(
+    let found = look(
         "SELECT jsonb_build_object( \
            'made_at', clock_timestamp(), \
            'database', current_database(), \
@@ -59,5 +60,6 @@ pub fn document(key: &str, since: Option<Datum>) -> Result<String> {
                FROM rekey.key k WHERE $1 = '' OR k.key_name = $1))::text",
         &[Arg::Text(key), Arg::Timestamp(since)],
     )?;
-    Ok(found.unwrap_or_else(|| "{}".to_string()))
+    let document = found.into_iter().next().and_then(|mut row| row[0].take());
+    Ok(document.unwrap_or_else(|| "{}".to_string()))
 }

@@ -2,7 +2,7 @@
 //!
 //! Called by src/api/views.rs, once the caller is known to own the table. The view is made in the
 //! caller's name under a pinned search path: the context means in it what it meant at registration.
-//! Names are quoted and qualified; the context has been parsed as one expression by register_column.
+//! Names are quoted and qualified; register_column has parsed the context as one expression.
 
 use pgrx::pg_sys::Oid;
 

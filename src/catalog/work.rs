@@ -27,7 +27,7 @@ pub struct Pass {
 }
 
 /// Where passes are recorded: those of rotations, and those that fill live columns.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Book {
     /// rekey.progress_state
     Rotation,
@@ -107,6 +107,22 @@ pub struct Done {
     pub unlisted: i64,
 }
 
+/// A worker is about to enter a table; returns how many have done so since the last batch before it.
+pub fn begin_attempt(book: Book, table: Oid) -> Result<u32> {
+    let before = bigint(
+        &format!(
+            "INSERT INTO {} AS p \
+                 (table_name, file_node, wave, blocks_left, blocks_total, attempts) \
+             VALUES ($1::oid::regclass, '0'::oid, '', 0, 0, 1) \
+             ON CONFLICT (table_name) DO UPDATE SET attempts = p.attempts + 1 \
+             RETURNING attempts::bigint - 1",
+            book.table()
+        ),
+        &[Arg::Oid(table)],
+    )?;
+    Ok(u32::try_from(before.unwrap_or(0)).unwrap_or(0))
+}
+
 /// Moves the cursor behind a batch.
 pub fn advance(book: Book, table: Oid, cursor: u32, left: u32, done: &Done) -> Result<()> {
     run(
@@ -114,7 +130,7 @@ pub fn advance(book: Book, table: Oid, cursor: u32, left: u32, done: &Done) -> R
             "UPDATE {} SET cursor_block = $2, blocks_left = $3, \
                  rows_scanned = rows_scanned + $4, rows_rewritten = rows_rewritten + $5, \
                  rows_skipped = rows_skipped + $6, rows_unlisted = rows_unlisted + $7, \
-                 phase = DEFAULT, note = '', updated_at = clock_timestamp() \
+                 attempts = 0, phase = DEFAULT, note = '', updated_at = clock_timestamp() \
              WHERE table_name = $1::oid::regclass",
             book.table()
         ),

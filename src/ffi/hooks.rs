@@ -16,6 +16,7 @@ static WATCHED: [AtomicU32; 4] = [const { AtomicU32::new(0) }; 4];
 static RESOLVED: AtomicBool = AtomicBool::new(false);
 static RESOLVING: AtomicBool = AtomicBool::new(false);
 static WAKE: AtomicBool = AtomicBool::new(false);
+static WAKE_NOW: AtomicBool = AtomicBool::new(false);
 static NEVER_WAKE: AtomicBool = AtomicBool::new(false);
 static NEW_DATABASE: AtomicU32 = AtomicU32::new(0);
 static SECRET_STATEMENT: AtomicI64 = AtomicI64::new(0);
@@ -87,6 +88,7 @@ pub fn init() {
             );
         }
         pg_sys::RegisterXactCallback(Some(transaction_event), std::ptr::null_mut());
+        pg_sys::RegisterResourceReleaseCallback(Some(resources_released), std::ptr::null_mut());
         libc::pthread_atfork(None, None, Some(forked));
         NEXT_EMIT_LOG = pg_sys::emit_log_hook;
         pg_sys::emit_log_hook = Some(emit_log);
@@ -151,15 +153,30 @@ unsafe extern "C-unwind" fn transaction_event(event: pg_sys::XactEvent::Type, _a
         SEALING_EPOCH.fetch_add(1, Relaxed);
         // Never before the commit; PREPARE only makes a promise.
         let wake = WAKE.swap(false, Relaxed);
-        if event == XACT_EVENT_COMMIT && wake && !NEVER_WAKE.load(Relaxed) {
-            // SAFETY: a static that is set at connection.
-            super::shared::wake(unsafe { pg_sys::MyDatabaseId });
-        }
-        // A copy may have been made in the middle of a rotation.
+        let wake = event == XACT_EVENT_COMMIT && wake && !NEVER_WAKE.load(Relaxed);
+        WAKE_NOW.store(wake, Relaxed);
+        // A copy may have been made in the middle of a rotation. Nothing is kept of it anywhere.
         let made = NEW_DATABASE.swap(0, Relaxed);
         if event == XACT_EVENT_COMMIT && made != 0 {
             super::shared::wake(pg_sys::Oid::from_u32(made));
         }
+    }
+}
+
+/// The transaction event comes before the commit's invalidations are sent. A worker that is roused
+/// by it may look at what it has kept, see nothing to do, and end: nobody would wake it again. The
+/// locks are released after them.
+#[pg_guard]
+unsafe extern "C-unwind" fn resources_released(
+    phase: pg_sys::ResourceReleasePhase::Type,
+    _is_commit: bool,
+    _is_top_level: bool,
+    _arg: *mut c_void,
+) {
+    let last = phase == pg_sys::ResourceReleasePhase::RESOURCE_RELEASE_AFTER_LOCKS;
+    if last && WAKE_NOW.swap(false, Relaxed) {
+        // SAFETY: a static that is set at connection.
+        super::shared::wake(unsafe { pg_sys::MyDatabaseId });
     }
 }
 

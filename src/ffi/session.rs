@@ -75,6 +75,19 @@ pub fn kill_this_process() -> ! {
     }
 }
 
+/// The name of this process's database.
+pub fn database_name() -> String {
+    // SAFETY: a syscache look-up in a transaction; the result is NULL or a C string.
+    unsafe {
+        let name = pg_sys::get_database_name(pg_sys::MyDatabaseId);
+        if name.is_null() {
+            String::new()
+        } else {
+            super::text::c_string(name)
+        }
+    }
+}
+
 /// Whether `user` has the privileges of `role` (membership with INHERIT, superusers have all).
 pub fn has_privileges_of(user: pg_sys::Oid, role: pg_sys::Oid) -> bool {
     // SAFETY: syscache look-ups only.
@@ -277,12 +290,6 @@ pub fn in_extension_script() -> bool {
 pub fn in_recovery() -> bool {
     // SAFETY: reads shared memory.
     unsafe { pg_sys::RecoveryInProgress() }
-}
-
-/// The name of the database of this session.
-pub fn database_name() -> String {
-    // SAFETY: a syscache look-up; the result is a C string or NULL.
-    unsafe { super::text::c_string(pg_sys::get_database_name(pg_sys::MyDatabaseId)) }
 }
 
 /// Raises 25006 in a READ ONLY transaction and on a standby.

@@ -61,16 +61,23 @@ pub fn init() {
     if !session::in_preload() || unset {
         return;
     }
-    if let Err(Error::RootKey(detail, hint) | Error::Provider(detail, hint)) = load() {
-        ereport!(
-            PgLogLevel::WARNING,
-            PgSqlErrorCode::ERRCODE_CONFIG_FILE_ERROR,
-            format!("pg_rekey: the root key is not available: {detail}"),
-            hint
-        );
+    if let Err(error) = load() {
+        warn(&error, "");
     }
     // Backends make their own experience.
     command::forget_misses();
+}
+
+/// Tells the log that the root key is not there, and why; `place` is empty or ` in database "x"`.
+pub fn warn(error: &Error, place: &str) {
+    if let Error::RootKey(detail, hint) | Error::Provider(detail, hint) = error {
+        ereport!(
+            PgLogLevel::WARNING,
+            PgSqlErrorCode::ERRCODE_CONFIG_FILE_ERROR,
+            format!("pg_rekey: the root key is not available{place}: {detail}"),
+            hint.clone()
+        );
+    }
 }
 
 /// Forgets and wipes the keyring. Called when the process ends.

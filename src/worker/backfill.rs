@@ -106,10 +106,13 @@ impl Drainer {
         }
         let leaf = as_leaf(oid, &lives);
         refuse_paused(&leaf)?;
+        let name = table::name(oid)?;
+        if self.announce(Book::Backfill, oid)? {
+            return Ok(Some(worked(format!("{name}: begins"))));
+        }
         let begin = Instant::now();
         let table = enter(&leaf)?;
         let file = table.file();
-        let name = table::name(oid)?;
         let pass = match known.filter(|pass| pass.file == file) {
             Some(pass) => pass,
             None => {

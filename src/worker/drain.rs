@@ -5,7 +5,7 @@
 //! that cannot be worked on is left for a while and holds up the proof, not the other tables.
 //! Nothing here has to survive a crash: cursors and results are in the catalog.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use pgrx::pg_sys::Oid;
@@ -14,7 +14,7 @@ use rekey_core::schedule::BatchSize;
 
 use super::backfill::Backfill;
 use super::barrier::Barrier;
-use super::ending::{self, Quarantine};
+use super::ending::{self, Candidate, Quarantine};
 use super::proof::{self, Verdict};
 use super::rewrite::{self, Report, Source};
 use crate::catalog::read::{self, SlotRow};
@@ -63,6 +63,7 @@ pub struct Drainer {
     pub(super) current: Option<Oid>,
     turn: usize,
     background: bool,
+    entered: HashSet<(Book, Oid)>,
     proofs_too_old: u32,
     ages_read_at: Option<Instant>,
 }
@@ -87,6 +88,7 @@ impl Drainer {
             current: None,
             turn: 0,
             background: false,
+            entered: HashSet::new(),
             proofs_too_old: 0,
             ages_read_at: None,
         }
@@ -134,7 +136,7 @@ impl Drainer {
         // be an empty phrase. A registered table that has no partition holds nothing.
         let silent = leaves.is_empty() && read::registered_columns()?.is_empty();
         if slots.is_empty() || silent {
-            return self.afterwards(&leaves);
+            return self.afterwards(&leaves, &troubles);
         }
         let wave = wave(&slots);
         let mut soonest: Option<(Instant, String)> = None;
@@ -224,6 +226,21 @@ impl Drainer {
         Ok(until)
     }
 
+    /// Before the worker enters a table for the first time it says so, in a transaction of its own
+    /// that is to be committed now: true. If it dies there, and the server with it, the next worker
+    /// lets the table rest, longer each time, so that one table does not keep the server restarting.
+    pub(super) fn announce(&mut self, book: Book, table: Oid) -> std::result::Result<bool, Unable> {
+        if !self.background || !self.entered.insert((book, table)) {
+            return Ok(false);
+        }
+        let deaths = work::begin_attempt(book, table)?;
+        if deaths == 0 {
+            return Ok(true);
+        }
+        self.suspect(table, deaths - 1);
+        Err(Unable::Refused("a worker died at it".to_string()))
+    }
+
     /// One batch of a table; None when its pass is complete.
     fn visit(&mut self, leaf: &Leaf, wave: &str) -> std::result::Result<Option<Worked>, Unable> {
         self.current = Some(leaf.table);
@@ -239,6 +256,13 @@ impl Drainer {
             if file == known.map(|pass| pass.file) {
                 return Ok(None);
             }
+        }
+        if self.announce(Book::Rotation, leaf.table)? {
+            let what = format!("{}: begins", table::name(leaf.table)?);
+            return Ok(Some(Worked {
+                what,
+                ..Worked::default()
+            }));
         }
         let begin = Instant::now();
         let table = enter(leaf)?;
@@ -359,7 +383,7 @@ impl Drainer {
         if let Some(trouble) = troubles.first() {
             let why = format!("{}: {}", trouble.table, trouble.what);
             work::note(all, "", &why)?;
-            return self.afterwards(leaves);
+            return self.afterwards(leaves, troubles);
         }
         if let Some(at) = self.prove_again_at
             && at > Instant::now()
@@ -399,7 +423,7 @@ impl Drainer {
             }
             let why = format!("{rows} rows are under quarantine");
             work::note(all, "proof", &why)?;
-            return self.afterwards(leaves);
+            return self.afterwards(leaves, troubles);
         }
         let ratio = self.ratio().filter(|_| self.proofs_too_old == 0);
         let verdict = proof::prove(leaves, &free, ratio)?;
@@ -412,7 +436,7 @@ impl Drainer {
                 self.keep_passes(slots, wave)?;
                 format!("proved: {drained} of {} slots are drained", slots.len())
             }
-            Verdict::Stale(found) => {
+            Verdict::Stale(found, _) => {
                 self.proofs_failed += 1;
                 if self.proofs_failed >= PROOFS_IN_A_ROW {
                     self.proofs_failed = 0;
@@ -479,7 +503,7 @@ impl Drainer {
     }
 
     /// What follows a drain, and retries of rows under quarantine, when no slot awaits a proof.
-    fn afterwards(&mut self, leaves: &[Leaf]) -> Result<Step> {
+    fn afterwards(&mut self, leaves: &[Leaf], troubles: &[registry::Trouble]) -> Result<Step> {
         let tables: Vec<Oid> = leaves.iter().map(|leaf| leaf.table).collect();
         work::forget_others(&tables)?;
         for leaf in leaves {
@@ -500,35 +524,55 @@ impl Drainer {
                 ..Worked::default()
             }));
         }
+        self.end_slots(leaves, troubles)
+    }
+
+    /// What after_drain says of the slots that are drained and past their grace.
+    fn end_slots(&mut self, leaves: &[Leaf], troubles: &[registry::Trouble]) -> Result<Step> {
+        let mut candidates = Vec::new();
         for (id, action) in work::after_drain()? {
-            let slot = lifecycle::slot(id)?;
-            match ending::may_go(&slot, leaves, action == "destroy", self.ratio())? {
-                None => {
-                    // Under the key's lock: another session may have moved the slot meanwhile.
-                    lifecycle::lock(&slot.key_name)?;
-                    let slot = lifecycle::slot(id)?;
-                    if slot.state != SlotState::Drained {
-                        continue;
-                    }
-                    let to = if action == "destroy" {
-                        SlotState::Destroyed
-                    } else {
-                        SlotState::Disabled
-                    };
-                    write::transition(&slot, to, "after_drain", "")?;
-                    failpoint::reach("slot.ended")?;
-                    return Ok(Step::Worked(Worked {
-                        what: format!("slot {id} is {to}"),
-                        ..Worked::default()
-                    }));
-                }
-                Some(why) => {
-                    let why = format!("slot {id}: {why}");
-                    return Ok(Step::Wait(Duration::from_secs(10), why));
-                }
-            }
+            candidates.push(Candidate {
+                slot: lifecycle::slot(id)?,
+                destroy: action == "destroy",
+            });
         }
-        Ok(Step::Idle(work::next_due()?))
+        let Some(first) = candidates.first() else {
+            return Ok(Step::Idle(work::next_due()?));
+        };
+        if let Some(trouble) = troubles.first() {
+            let (table, what) = (&trouble.table, &trouble.what);
+            let why = format!("slot {}: {table}: {what}", first.slot.id);
+            return Ok(Step::Wait(Duration::from_secs(60), why));
+        }
+        let answers = ending::may_go(&candidates, leaves, self.ratio())?;
+        let mut ended = 0;
+        let mut why = None;
+        for (candidate, answer) in candidates.iter().zip(answers) {
+            let id = candidate.slot.id;
+            if let Some(answer) = answer {
+                why.get_or_insert_with(|| format!("slot {id}: {answer}"));
+                continue;
+            }
+            // Under the key's lock: another session may have moved the slot meanwhile.
+            lifecycle::lock(&candidate.slot.key_name)?;
+            let slot = lifecycle::slot(id.as_i64())?;
+            if slot.state == SlotState::Drained {
+                let to = match candidate.destroy {
+                    true => SlotState::Destroyed,
+                    false => SlotState::Disabled,
+                };
+                write::transition(&slot, to, "after_drain", "")?;
+                failpoint::reach("slot.ended")?;
+            }
+            ended += 1;
+        }
+        match why {
+            Some(why) if ended == 0 => Ok(Step::Wait(Duration::from_secs(10), why)),
+            _ => Ok(Step::Worked(Worked {
+                what: format!("{ended} slots have ended"),
+                ..Worked::default()
+            })),
+        }
     }
 }
 

@@ -303,14 +303,14 @@ fn header_of_hex(hex: &str) -> Option<Header> {
     Header::parse(&bytes).ok()
 }
 
-/// The unregistered places with envelopes of one slot, or that could not be read; None: none.
-pub fn of_slot(slot: SlotId) -> Result<Option<String>> {
-    let places: Vec<String> = all()?
-        .into_iter()
+/// Those of the places that hold envelopes of a slot, or could not be read; None: none.
+pub fn of_slot(places: &[Place], slot: SlotId) -> Option<String> {
+    let places: Vec<String> = places
+        .iter()
         .filter(|place| place.slot.is_none_or(|found| found == slot))
         .map(|place| format!("{}.{} ({})", place.table, place.column, place.envelopes))
         .collect();
-    Ok((!places.is_empty()).then(|| places.join(", ")))
+    (!places.is_empty()).then(|| places.join(", "))
 }
 
 /// All places as a JSON array, for find_envelopes().

@@ -21,54 +21,87 @@ use crate::registry::Leaf;
 use crate::stale::{self, Standing};
 use crate::{failpoint, guc};
 
-/// Whether a drained slot may be disabled or destroyed now; None for yes, else why not. Makes the
-/// second scan: transactions older than the first one may have copied what they saw.
+/// A drained slot that is to be disabled, or destroyed.
+pub struct Candidate {
+    /// The slot.
+    pub slot: SlotRow,
+    /// Whether it is to be destroyed.
+    pub destroy: bool,
+}
+
+/// Whether each of these may go now; None for yes, else why not. Makes the second scan, one for
+/// all: transactions older than the first one may have copied what they saw.
 pub fn may_go(
-    slot: &SlotRow,
+    candidates: &[Candidate],
     leaves: &[Leaf],
-    destroy: bool,
     ratio: Option<f64>,
-) -> Result<Option<String>> {
-    if let Some(until) = work::grace_left(slot.id)? {
-        return Ok(Some(format!("its grace lasts until {until}")));
+) -> Result<Vec<Option<String>>> {
+    let mut answers = Vec::new();
+    for candidate in candidates {
+        answers.push(before_the_scan(candidate.slot.id, leaves)?);
     }
-    for leaf in leaves {
-        if Quarantine::of(std::slice::from_ref(leaf))?.holds(slot.id) {
-            let (name, count) = (table::name(leaf.table)?, work::quarantined(leaf.table)?);
-            return Ok(Some(format!("{name} has {count} rows under quarantine")));
+    let free = |answers: &[Option<String>]| -> Vec<SlotRow> {
+        let pairs = candidates.iter().zip(answers);
+        let free = pairs.filter(|(_, answer)| answer.is_none());
+        free.map(|(candidate, _)| candidate.slot.clone()).collect()
+    };
+    let refuse = |answers: &mut [Option<String>], why: &str| {
+        for answer in answers.iter_mut() {
+            answer.get_or_insert_with(|| why.to_string());
         }
-    }
-    if let Some(why) = horizon_passed(slot.id, leaves)? {
-        return Ok(Some(why));
+    };
+    if free(&answers).is_empty() {
+        return Ok(answers);
     }
     if let Some(who) = writers_ended()? {
-        return Ok(Some(format!(
-            "older transactions have written and not ended: {who}"
-        )));
+        let why = format!("older transactions have written and not ended: {who}");
+        refuse(&mut answers, &why);
+        return Ok(answers);
     }
-    let one = std::slice::from_ref(slot);
-    match proof::prove(leaves, one, ratio)? {
+    match proof::prove(leaves, &free(&answers), ratio)? {
         Verdict::Clean(_) => {}
-        Verdict::Stale(found) => {
+        Verdict::Stale(found, named) => {
             let mut places = Vec::new();
             for (oid, found) in found {
                 places.push(format!("{} ({} rows)", table::name(oid)?, found.len()));
             }
-            let places = places.join(", ");
-            return Ok(Some(format!(
-                "values are sealed under it again in {places}"
-            )));
+            let why = format!("values are sealed under it again in {}", places.join(", "));
+            for (candidate, answer) in candidates.iter().zip(&mut answers) {
+                if named.contains(&candidate.slot.id) {
+                    answer.get_or_insert_with(|| why.clone());
+                }
+            }
         }
-        Verdict::Changed(table) => return Ok(Some(format!("{table} changed meanwhile"))),
-        Verdict::Unfinished(why) | Verdict::TooOld(why) => return Ok(Some(why)),
+        Verdict::Changed(table) => refuse(&mut answers, &format!("{table} changed meanwhile")),
+        Verdict::Unfinished(why) | Verdict::TooOld(why) => refuse(&mut answers, &why),
     }
     failpoint::reach("end.scanned")?;
-    if destroy && let Some(places) = elsewhere::of_slot(slot.id)? {
-        return Ok(Some(format!(
-            "unregistered columns hold values of it: {places}"
-        )));
+    let open =
+        |(candidate, answer): (&Candidate, &Option<String>)| candidate.destroy && answer.is_none();
+    if candidates.iter().zip(&answers).any(open) {
+        let elsewhere = elsewhere::all()?;
+        for (candidate, answer) in candidates.iter().zip(&mut answers) {
+            if candidate.destroy && answer.is_none() {
+                let places = elsewhere::of_slot(&elsewhere, candidate.slot.id);
+                *answer = places.map(|p| format!("unregistered columns hold values of it: {p}"));
+            }
+        }
     }
-    Ok(None)
+    Ok(answers)
+}
+
+/// What stands in the way of a slot before anything is scanned.
+fn before_the_scan(slot: SlotId, leaves: &[Leaf]) -> Result<Option<String>> {
+    if let Some(until) = work::grace_left(slot)? {
+        return Ok(Some(format!("its grace lasts until {until}")));
+    }
+    for leaf in leaves {
+        if Quarantine::of(std::slice::from_ref(leaf))?.holds(slot) {
+            let (name, count) = (table::name(leaf.table)?, work::quarantined(leaf.table)?);
+            return Ok(Some(format!("{name} has {count} rows under quarantine")));
+        }
+    }
+    horizon_passed(slot, leaves)
 }
 
 /// The slots that rows under quarantine name, which nobody has dismissed.

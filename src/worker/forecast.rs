@@ -283,7 +283,8 @@ fn facts_of(leaf: &Leaf, columns: &[i16]) -> Result<Rows> {
                      ON d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = i.indexrelid \
                     AND d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjid = c.oid \
                   WHERE i.indrelid = c.oid AND d.refobjsubid = ANY ($2::text::int[])), \
-                coalesce((SELECT o.option_value FROM pg_catalog.pg_options_to_table(c.reloptions) o \
+                coalesce((SELECT o.option_value \
+                            FROM pg_catalog.pg_options_to_table(c.reloptions) o \
                            WHERE o.option_name = 'fillfactor'), '100'), \
                 pg_catalog.pg_stat_get_tuples_updated(c.oid)::text, \
                 pg_catalog.pg_stat_get_tuples_hot_updated(c.oid)::text, \
@@ -343,7 +344,8 @@ fn side_effects(lines: &mut Lines, leaf: &Leaf, name: &str) -> Result<()> {
     }
     let publications = look(
         "SELECT DISTINCT p.pubname::text, (CASE c.relreplident WHEN 'f' THEN 'full' \
-                WHEN 'i' THEN 'index' WHEN 'd' THEN CASE WHEN EXISTS (SELECT FROM pg_catalog.pg_index \
+                WHEN 'i' THEN 'index' WHEN 'd' THEN CASE WHEN EXISTS (SELECT \
+                    FROM pg_catalog.pg_index \
                     WHERE indrelid = c.oid AND indisprimary) THEN 'key' ELSE 'none' END \
                 ELSE 'none' END), u.pubupdate::text \
            FROM pg_catalog.pg_class c \
@@ -505,7 +507,8 @@ fn who_holds_it_up(lines: &mut Lines) -> Result<()> {
 /// The worker, the standbys and what keeps WAL.
 fn the_server(lines: &mut Lines) -> Result<()> {
     let preloaded = look(
-        "SELECT 'yes' WHERE pg_catalog.current_setting('shared_preload_libraries') LIKE '%pg_rekey%'",
+        "SELECT 'yes' \
+          WHERE pg_catalog.current_setting('shared_preload_libraries') LIKE '%pg_rekey%'",
         &[],
     )?;
     if preloaded.is_empty() || !guc::worker() {

@@ -18,7 +18,7 @@ use super::throttle;
 use crate::catalog::work;
 use crate::ffi::background::{self, Started};
 use crate::ffi::{hooks, scan, session, shared, timer};
-use crate::guc;
+use crate::{guc, lifecycle, root_key};
 
 /// The launcher's process.
 #[unsafe(no_mangle)]
@@ -101,7 +101,9 @@ fn launch(running: &mut Vec<(u32, Started)>) -> Option<Duration> {
 
 /// Whether the database is still there and on the list.
 fn may_visit(database: u32, allowed: Option<&[String]>) -> bool {
-    let all = background::transaction(|| Ok(background::databases())).unwrap_or_default();
+    let Ok(all) = background::transaction(|| Ok(background::databases())) else {
+        return true; // nobody knows: a worker that finds no database ends
+    };
     let name = all.into_iter().find(|(oid, _)| *oid == database);
     name.is_some_and(|(_, name)| allowed.is_none_or(|list| list.contains(&name)))
 }
@@ -161,6 +163,15 @@ fn visit() {
             return;
         }
     }
+    // At the start of the server every database is visited: a keyring that is well-formed but not
+    // this database's is named in the log then, not only on use.
+    let _ = background::transaction(|| {
+        if let Err(error) = lifecycle::try_active_root_key() {
+            let name = session::database_name();
+            root_key::warn(&error, &format!(" in database \"{name}\""));
+        }
+        Ok(())
+    });
     let mut drainer = Drainer::new(None, true).in_background();
     for entry in shared::entries() {
         let suspects = entry.suspects.iter().filter(|(table, _)| *table != 0);

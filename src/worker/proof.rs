@@ -9,7 +9,8 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use pgrx::pg_sys::{self, Oid};
+use pgrx::pg_sys::Oid;
+use rekey_core::envelope::SlotId;
 use rekey_core::schedule;
 use serde_json::{Value, json};
 
@@ -34,8 +35,8 @@ const REMEMBERED: usize = 100_000;
 pub enum Verdict {
     /// Nothing stale: the proof, as JSON.
     Clean(String),
-    /// Stale rows, by table.
-    Stale(Vec<(Oid, Vec<Tid>)>),
+    /// Stale rows, by table, and the slots that they name. Of the other slots it is a clean scan.
+    Stale(Vec<(Oid, Vec<Tid>)>, HashSet<SlotId>),
     /// The tables or their registration changed meanwhile: which, how.
     Changed(String),
     /// It could not be finished: why.
@@ -57,6 +58,7 @@ struct Record {
 pub fn prove(leaves: &[Leaf], slots: &[SlotRow], ratio: Option<f64>) -> Result<Verdict> {
     let mut scan = Scan {
         wanted: slots.iter().map(|slot| (slot.id, ())).collect(),
+        named: HashSet::new(),
         snapshot: Snapshot::latest(),
         begin: Instant::now(),
         since: background::now(),
@@ -80,9 +82,6 @@ pub fn prove(leaves: &[Leaf], slots: &[SlotRow], ratio: Option<f64>) -> Result<V
             stale.push((leaf.table, found));
         }
     }
-    if !stale.is_empty() {
-        return Ok(Verdict::Stale(stale));
-    }
     failpoint::reach("proof.scanned")?;
     // Once more at the end: what was swapped behind the scan counts too.
     let (now, _) = registry::leaves()?;
@@ -97,6 +96,9 @@ pub fn prove(leaves: &[Leaf], slots: &[SlotRow], ratio: Option<f64>) -> Result<V
             Err(verdict) => return Ok(verdict),
         }
     }
+    if !stale.is_empty() {
+        return Ok(Verdict::Stale(stale, std::mem::take(&mut scan.named)));
+    }
     let horizon = locks::full_xid(scan.snapshot.xmax());
     let took = scan.begin.elapsed();
     drop(scan);
@@ -106,6 +108,7 @@ pub fn prove(leaves: &[Leaf], slots: &[SlotRow], ratio: Option<f64>) -> Result<V
 /// What is looked for, in what was committed when.
 struct Scan {
     wanted: BySlot<()>,
+    named: HashSet<SlotId>,
     snapshot: Snapshot,
     begin: Instant,
     since: i64,
@@ -191,15 +194,21 @@ impl Scan {
                 &columns,
                 |tid, values| {
                     record.rows += 1;
-                    let names_one = |(value, kind): (&Option<pg_sys::Datum>, &Holds)| {
-                        value.is_some_and(|datum| {
-                            kind.slot(datum)
-                                .is_some_and(|s| self.wanted.contains_key(&s))
-                                && (dismissed.is_empty()
-                                    || kind.head(datum).is_none_or(|h| !dismissed.contains(&h)))
-                        })
-                    };
-                    if values.iter().zip(&kinds).any(names_one) && found.len() < REMEMBERED {
+                    let mut stale = false;
+                    for (value, kind) in values.iter().zip(&kinds) {
+                        let Some(datum) = *value else { continue };
+                        let slot = kind.slot(datum);
+                        let Some(slot) = slot.filter(|slot| self.wanted.contains_key(slot)) else {
+                            continue;
+                        };
+                        let excused = !dismissed.is_empty()
+                            && kind.head(datum).is_some_and(|h| dismissed.contains(&h));
+                        if !excused {
+                            stale = true;
+                            self.named.insert(slot);
+                        }
+                    }
+                    if stale && found.len() < REMEMBERED {
                         found.push(tid);
                     }
                     true

@@ -140,6 +140,36 @@ fn a_crash_at_each_boundary_of_the_worker_loses_nothing_and_it_goes_on() {
 }
 
 #[test]
+fn a_table_at_which_workers_die_rests_longer_each_time_also_over_crashes_of_the_server() {
+    let cluster = Cluster::start(Options::preloaded().set("rekey.work_ratio = 1"));
+    let database = large_table(&cluster);
+    let mut client = database.connect();
+    let mut gate = close_gate(&database);
+    cluster.arm("rows.updated", "wait");
+    client.run("SELECT rotate_key('pii')");
+    wait_at_gate(&mut client);
+    let attempts = "SELECT attempts FROM rekey.progress_state";
+    assert_eq!(client.number(attempts), 1, "it has said that it enters");
+    open_gate(&mut gate);
+    wait_until("the slot is drained", || {
+        states(&mut client) == ["drained", "active"]
+    });
+    assert_eq!(client.number(attempts), 0);
+
+    // As after eleven workers that have died before their first batch.
+    client.run("UPDATE rekey.progress_state SET attempts = 11; SELECT rotate_key('pii')");
+    wait_until("the table rests", || {
+        client.text("SELECT waits_for FROM rekey.progress") == "a worker died at it"
+    });
+    assert_eq!(client.number(attempts), 12);
+    assert_eq!(client.number(STALE), 1500);
+    // By hand it goes on at once.
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(states(&mut client), ["drained", "drained", "active"]);
+    assert_eq!(client.number(attempts), 0);
+}
+
+#[test]
 fn a_crash_in_the_middle_of_a_rotation_undoes_it() {
     let cluster = without_worker();
     let database = cluster.database("rotation");

@@ -1,4 +1,4 @@
-//! explain_rotation: what a rotation would cost and what would hold it up, without touching anything.
+//! explain_rotation: what a rotation would cost and what would hold it up; it touches nothing.
 
 use std::sync::OnceLock;
 
@@ -24,7 +24,8 @@ fn database(name: &str) -> (Database<'static>, Client) {
     admin.run(
         "SELECT rekey.create_key('pii'), rekey.create_key('other');
          CREATE TABLE t (id int PRIMARY KEY, c bytea);
-         INSERT INTO t SELECT i, encrypt_col('value', CASE WHEN i <= 300 THEN 'pii' ELSE 'other' END)
+         INSERT INTO t
+             SELECT i, encrypt_col('value', CASE WHEN i <= 300 THEN 'pii' ELSE 'other' END)
              FROM generate_series(1, 500) i;
          SELECT rekey.register_column('t', 'c')",
     );
@@ -203,7 +204,7 @@ fn it_is_for_whom_it_was_granted_to() {
     let ask = "SELECT count(*) FROM rekey.explain_rotation('pii')";
     session.fail(ask, "42501");
     admin.run(&format!(
-        "GRANT EXECUTE ON FUNCTION rekey.explain_rotation(text), rekey.rotation_forecast(text) TO {app}"
+        "GRANT EXECUTE ON FUNCTION rekey.explain_rotation(text) TO {app}"
     ));
     assert!(session.number(ask) > 0);
     admin.refuse("SELECT * FROM rekey.explain_rotation('nobody')", "42704");

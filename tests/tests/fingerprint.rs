@@ -772,6 +772,57 @@ fn contexts_and_typed_values_survive_a_refresh() {
 }
 
 #[test]
+fn partitions_and_restored_dumps_have_other_column_numbers() {
+    let database = database("numbers");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE p (gone int, id int, email bytea, email_fp bytea) PARTITION BY RANGE (id);
+         ALTER TABLE p DROP COLUMN gone;
+         CREATE TABLE p1 (email_fp bytea, id int, gone int, email bytea);
+         ALTER TABLE p1 DROP COLUMN gone;
+         ALTER TABLE p ATTACH PARTITION p1 FOR VALUES FROM (0) TO (50);
+         CREATE TABLE p2 PARTITION OF p FOR VALUES FROM (50) TO (200);
+         SELECT rekey.register_column('p', 'email');
+         SELECT rekey.register_fingerprint('p', 'email_fp', 'email', 'email_lookup', 'pii', 'lower($1)');
+         INSERT INTO p SELECT * FROM t;
+         SELECT rotate_key('email_lookup')",
+    );
+    let missed = MISSED.replace("FROM t ", "FROM p ");
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!(client.number(&missed), 0);
+    let file = cluster().dir().join("numbers.sql").display().to_string();
+    cluster().tool("pg_dump", &["-d", "numbers", "-f", &file]);
+    let target = cluster().empty_database("numbers_2", "");
+    let arguments = [
+        "-X",
+        "-q",
+        "-v",
+        "ON_ERROR_STOP=1",
+        "-d",
+        "numbers_2",
+        "-f",
+        &file,
+    ];
+    cluster().tool("psql", &arguments);
+    let mut client = target.connect();
+    assert_eq!(
+        client.column(
+            "SELECT sealed_column FROM rekey.columns WHERE sealed_column IS NOT NULL AND NOT missing"
+        ),
+        ["email", "email"]
+    );
+    assert!(client.truth(
+        "SELECT bool_and(sealed_attnum = attnum - 1) FROM rekey.registered_column \
+          WHERE sealed_column <> ''"
+    ));
+    client.run("SELECT rotate_key('email_lookup')");
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "drained", "active"]);
+    assert_eq!((client.number(&missed), client.number(STALE)), (0, 0));
+}
+
+#[test]
 fn touch_leaves_fingerprints_to_the_worker() {
     let database = database("touch");
     let mut client = database.connect();

@@ -1,4 +1,4 @@
-//! The guides of docs/ whose SQL is run as it stands there: permissions, audit, backup, standbys.
+//! The guides of docs/ whose SQL is run as it stands there: rotation, views, permissions and others.
 //!
 //! As tests/incidents.rs for the incidents: each test makes the state that the page is about, steps
 //! through the page, and does in between what the page says in prose.
@@ -46,7 +46,7 @@ fn rotation() {
     let cluster = by_hand();
     let mut client = cluster.database("app").connect();
     let mut page = Page::open("rotation.md");
-    page.steps(3, &cluster, "app");
+    page.steps(4, &cluster, "app");
     client.run(
         "UPDATE customer SET email = set_byte(email, 40, get_byte(email, 40) # 1)
           WHERE id IN (12, 13)",
@@ -63,6 +63,20 @@ fn permissions() {
     let cluster = by_hand();
     cluster.database("app");
     Page::open("permissions.md").rest(&cluster, "app");
+}
+
+#[test]
+fn views() {
+    let cluster = by_hand();
+    cluster.database("app");
+    Page::open("views.md").rest(&cluster, "app");
+}
+
+#[test]
+fn tenants() {
+    let cluster = by_hand();
+    cluster.database("app");
+    Page::open("tenants.md").rest(&cluster, "app");
 }
 
 #[test]

@@ -345,6 +345,10 @@ fn a_standby_without_feedback_has_to_replay_the_proof_and_gets_time_for_its_quer
     standby.restart("fast");
     let streams = "SELECT count(*) FROM pg_replication_slots WHERE active";
     wait_until("it streams again", || client.number(streams) == 1);
+    let follows = "SELECT restart_lsn >= pg_current_wal_insert_lsn() FROM pg_replication_slots";
+    wait_until("its slot follows", || {
+        client.cell(follows).as_deref() == Some("t")
+    });
     standby.stop("fast");
     wait_until("it is away", || client.number(streams) == 0);
     set(&cluster, &mut client, "rekey.standby_query_delay = -1");

@@ -552,3 +552,84 @@ fn a_signal_that_ends_the_shell_itself_is_named() {
         .names("status 127")
         .names("no such program");
 }
+
+#[test]
+fn every_outage_of_the_provider_hurts_no_session_that_holds_the_keys_and_keeps_no_server_down() {
+    let served = Served::start(Options::preloaded());
+    served.set("rekey.root_key_command_timeout = '1500ms'");
+    let other = Cluster::start(Options::unloaded());
+    other.database("other");
+    let wrong = fs::read_to_string(other.root_key_file()).expect("another keyring");
+    let wrong = format!("cat <<'END'\n{}\nEND", wrong.trim_end());
+    let right = served.printing();
+    let outages = [
+        (
+            "down",
+            "echo 'curl: (7) Failed to connect' >&2; exit 7",
+            "58000",
+        ),
+        (
+            "wrong token",
+            "echo 'curl: (22) error: 403' >&2; exit 22",
+            "58000",
+        ),
+        (
+            "sealed",
+            "echo 'curl: (22) error: 503' >&2; exit 22",
+            "58000",
+        ),
+        ("without an answer", ":", "F0000"),
+        ("garbage", "head -c 4096 /dev/urandom", "F0000"),
+        (
+            "an error page",
+            "echo '<html>503 Service Unavailable</html>'",
+            "F0000",
+        ),
+        ("a megabyte and more", "head -c 1048577 /dev/zero", "F0000"),
+        ("hanging", "exec sleep 7203", "58000"),
+        (
+            "hanging in its answer",
+            "printf '{\"version\":1'; exec sleep 7203",
+            "58000",
+        ),
+        ("another server's keys", wrong.as_str(), "F0000"),
+        ("slow", &format!("sleep 0.7\n{right}"), ""),
+    ];
+    let mut rows = 1;
+    for (outage, script, code) in outages {
+        let mut warm = served.connect();
+        assert_eq!(warm.number("SELECT count(decrypt_col(c)) FROM t"), rows);
+        served.provide(script);
+        let reload = "SELECT rekey.reload_root_keys()";
+        if code.is_empty() || outage == "another server's keys" {
+            warm.run(reload); // it is well-formed
+        } else {
+            warm.refuse(reload, code);
+        }
+        warm.run("INSERT INTO t VALUES (encrypt_col('more', 'pii'))");
+        rows += 1;
+        assert_eq!(
+            warm.number("SELECT count(decrypt_col(c)) FROM t"),
+            rows,
+            "{outage}"
+        );
+        served.cluster.restart("fast");
+        let mut cold = served.connect();
+        assert_eq!(cold.number("SELECT count(c) FROM t"), rows, "{outage}: up");
+        if code.is_empty() {
+            assert_eq!(cold.number("SELECT count(decrypt_col(c)) FROM t"), rows);
+        } else {
+            cold.refuse(OPEN, code);
+            cold.refuse("SELECT rotate_key('pii')", code);
+            assert_eq!(cold.number("SELECT count(*) FROM rekey.slots"), 1);
+        }
+        served.provide(&right);
+        cold.run(reload);
+        assert_eq!(
+            cold.number("SELECT count(decrypt_col(c)) FROM t"),
+            rows,
+            "{outage} is over"
+        );
+    }
+    assert!(!served.runs("sleep 7203"));
+}

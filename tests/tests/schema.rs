@@ -1,5 +1,5 @@
-//! A schema with foreign keys, partitions, triggers and views, before and after three of its columns
-//! are sealed behind views of the tables' names: every query gives the same answer.
+//! A schema with foreign keys, partitions, triggers and views, before and after three of its
+//! columns are sealed behind views of the tables' names: every query gives the same answer.
 
 use std::sync::OnceLock;
 
@@ -33,7 +33,8 @@ const QUERIES: [&str; 16] = [
       GROUP BY ci.name HAVING count(*) > 1 ORDER BY 1",
     "SELECT date_trunc('month', paid_on)::date, sum(amount), round(avg(amount), 3), max(amount) \
        FROM payment GROUP BY 1 ORDER BY 1",
-    "SELECT customer_id, amount, rank() OVER (PARTITION BY customer_id ORDER BY amount DESC, payment_id) \
+    "SELECT customer_id, amount, rank() OVER (PARTITION BY customer_id \
+            ORDER BY amount DESC, payment_id) \
        FROM payment WHERE amount > 3.5 ORDER BY 1, 3",
     "SELECT payment_id, pg_typeof(amount), amount FROM payment \
       WHERE paid_on BETWEEN '2024-06-25' AND '2024-07-05' ORDER BY payment_id",
@@ -43,11 +44,13 @@ const QUERIES: [&str; 16] = [
     "SELECT f.title, f.rated, f.tags, sum(p.amount) FROM film f JOIN inventory i USING (film_id) \
        JOIN rental r USING (inventory_id) JOIN payment p USING (rental_id) \
       GROUP BY f.film_id ORDER BY 4 DESC, 1 LIMIT 5",
-    "SELECT c.customer_id, l.amount FROM customer c CROSS JOIN LATERAL (SELECT amount FROM payment p \
+    "SELECT c.customer_id, l.amount FROM customer c CROSS JOIN LATERAL ( \
+       SELECT amount FROM payment p \
        WHERE p.customer_id = c.customer_id ORDER BY paid_on DESC LIMIT 1) AS l ORDER BY 1",
     "SELECT a.phone FROM address a WHERE NOT EXISTS (SELECT FROM customer c \
        WHERE c.address_id = a.address_id) ORDER BY a.address_id",
-    "SELECT coalesce(email, 'none'), upper(left(email, 5)) FROM customer ORDER BY customer_id LIMIT 12",
+    "SELECT coalesce(email, 'none'), upper(left(email, 5)) \
+       FROM customer ORDER BY customer_id LIMIT 12",
     "SELECT jsonb_agg(jsonb_build_object('name', full_name, 'mail', email) ORDER BY customer_id) \
        FROM customer WHERE store_id = 2",
 ];
@@ -57,9 +60,11 @@ const CHANGES: [&str; 12] = [
     "INSERT INTO address (street, city_id, phone) VALUES ('New Street', 2, '+00 555 9999') \
      RETURNING address_id, phone",
     "INSERT INTO customer (store_id, first_name, last_name, email, address_id) \
-     VALUES (1, 'New', 'Customer', 'new@example.org', 43) RETURNING customer_id, full_name, active, email",
+     VALUES (1, 'New', 'Customer', 'new@example.org', 43) \
+     RETURNING customer_id, full_name, active, email",
     "INSERT INTO customer (store_id, first_name, last_name, address_id) \
-     SELECT store_id, 'Copy of', last_name, address_id FROM customer WHERE email = 'user1@example.org' \
+     SELECT store_id, 'Copy of', last_name, address_id FROM customer \
+      WHERE email = 'user1@example.org' \
      RETURNING customer_id, email",
     "UPDATE customer SET email = lower(first_name) || '@example.com' WHERE customer_id <= 3 \
      RETURNING customer_id, email, updated_at",
@@ -79,7 +84,8 @@ const CHANGES: [&str; 12] = [
 /// What stays refused, by which SQLSTATE.
 const REFUSED: [(&str, &str); 5] = [
     (
-        "INSERT INTO customer (store_id, first_name, last_name, address_id) VALUES (9, 'a', 'b', 1)",
+        "INSERT INTO customer (store_id, first_name, last_name, address_id) \
+         VALUES (9, 'a', 'b', 1)",
         "23503",
     ),
     (

@@ -30,7 +30,8 @@ fn database(name: &str) -> (Database<'static>, Client, String) {
 /// Creates `count` keys tenant-1 and so on.
 fn create(admin: &mut Client, count: i64) {
     let made = admin.number(&format!(
-        "SELECT rekey.create_keys(array(SELECT 'tenant-' || i FROM generate_series(1, {count}) i), \
+        "/* {count} keys */ SELECT rekey.create_keys( \
+             array(SELECT 'tenant-' || i FROM generate_series(1, {count}) i), \
              'template')"
     ));
     assert_eq!(made, count);
@@ -42,8 +43,10 @@ fn keys_come_with_the_policy_and_the_grants_of_the_template_and_an_audit_row_eac
     create(&mut admin, MANY);
     let like_template = "SELECT count(*) FROM rekey.keys k, rekey.keys t \
          WHERE k.key_name LIKE 'tenant-%' AND t.key_name = 'template' \
-           AND (k.grace, k.max_age, k.after_drain, k.require_context, k.custodian, k.purpose, k.owner) \
-             = (t.grace, t.max_age, t.after_drain, t.require_context, t.custodian, t.purpose, t.owner) \
+           AND (k.grace, k.max_age, k.after_drain, k.require_context, k.custodian, k.purpose, \
+                k.owner) \
+             = (t.grace, t.max_age, t.after_drain, t.require_context, t.custodian, t.purpose, \
+                t.owner) \
            AND k.active_slot IS NOT NULL AND k.comment = ''";
     assert_eq!(admin.number(like_template), MANY);
     assert_eq!(
@@ -53,6 +56,9 @@ fn keys_come_with_the_policy_and_the_grants_of_the_template_and_an_audit_row_eac
         ),
         MANY
     );
+    let log = cluster().log();
+    assert!(log.contains("action=create_keys key=\"tenant-1999\""));
+    assert!(!log.contains("/* 2000 keys */"), "once for each key");
     let mut app = database.connect_as(&app);
     let opened = "SELECT count(*) FROM (SELECT i, encrypt_col('v' || i, 'tenant-' || i) AS c \
            FROM generate_series(1, 1000) i OFFSET 0) AS s WHERE decrypt_col(c) = 'v' || i";
@@ -186,7 +192,8 @@ fn keys_older_than_a_date_are_rotated_at_a_pace_until_none_remains() {
     admin.run("CREATE TABLE since AS SELECT clock_timestamp() AS at");
     admin.run("SELECT rotate_key('tenant-7')");
     let step = "SELECT rotated || ' ' || remaining FROM rekey.rotate_keys( \
-                    (SELECT at FROM since), max_keys => 900, pattern => 'tenant-%', reason => 'yearly')";
+                    (SELECT at FROM since), max_keys => 900, pattern => 'tenant-%', \
+                    reason => 'yearly')";
     assert_eq!(admin.text(step), "900 1099");
     assert_eq!(admin.text(step), "900 199");
     assert_eq!(admin.text(step), "199 0");

@@ -24,7 +24,8 @@ fn database(name: &str) -> (Database<'static>, Client) {
              salary bytea,
              status text DEFAULT 'new',
              shout text GENERATED ALWAYS AS (upper(name)) STORED);
-         SELECT rekey.register_column('customer', 'email', $$rekey.context('customer.email', id::text)$$);
+         SELECT rekey.register_column('customer', 'email',
+             $$rekey.context('customer.email', id::text)$$);
          SELECT rekey.register_column('customer', 'salary');
          SELECT rekey.create_view('customer', 'person', 'pii',
              columns => '{\"salary\": {\"type\": \"numeric\", \"key\": \"pay\"}}')",
@@ -344,7 +345,8 @@ fn renames_and_quoted_names_are_followed() {
          SELECT rekey.create_key($$k'\\ \"$$);
          SELECT rekey.register_column('\"my app\".\"t''\"\"x\"', $$sel\"ect'$$, $$\"the id\"$$);
          SELECT rekey.register_column('\"my app\".\"t''\"\"x\"', 'Where');
-         SELECT rekey.create_view('\"my app\".\"t''\"\"x\"', $$\"V'; DROP TABLE customer\"$$, $$k'\\ \"$$,
+         SELECT rekey.create_view('\"my app\".\"t''\"\"x\"', $$\"V'; DROP TABLE customer\"$$,
+             $$k'\\ \"$$,
              '{\"Where\": {\"type\": \"\\\"my app\\\".\\\"mood; DROP\\\"\"}}');
          SET search_path = \"my app\", public;
          CREATE VIEW v AS SELECT * FROM \"V'; DROP TABLE customer\"",
@@ -484,7 +486,8 @@ fn what_create_view_refuses() {
     // Attached by hand to another view, the trigger does nothing that it does not understand.
     admin.run(
         "CREATE VIEW mine AS SELECT id, upper(name) AS name FROM customer;
-         CREATE TRIGGER t INSTEAD OF INSERT ON mine FOR EACH ROW EXECUTE FUNCTION rekey.write_view()",
+         CREATE TRIGGER t INSTEAD OF INSERT ON mine
+             FOR EACH ROW EXECUTE FUNCTION rekey.write_view()",
     );
     admin
         .refuse("INSERT INTO mine VALUES (1, 'x')", "55000")
@@ -536,7 +539,8 @@ fn a_row_that_is_touched_through_the_view_is_opened_after_a_rotation_in_the_midd
     admin.run("UPDATE person SET status = 's'");
     assert_eq!(
         admin.number(
-            "SELECT count(*) FROM person WHERE email = CASE WHEN id <= 25 THEN 'x' ELSE '' END || 'e' || id"
+            "SELECT count(*) FROM person \
+              WHERE email = CASE WHEN id <= 25 THEN 'x' ELSE '' END || 'e' || id"
         ),
         50
     );

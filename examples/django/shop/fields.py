@@ -19,10 +19,10 @@ class SealedTextField(models.Field):
         return "bytea"
 
     def get_placeholder(self, value, compiler, connection):
-        return f"encrypt_col(%s, '{self.key}', rekey.context('{self.context}'))"
+        return f"encrypt_col(%s, '{self.key}', '{self.context}')"
 
     def select_format(self, compiler, sql, params):
-        return f"decrypt_col({sql}, rekey.context('{self.context}'))", params
+        return f"decrypt_col({sql}, '{self.context}')", params
 
     def get_lookup(self, name):
         # Envelopes of equal values differ: filter by the fingerprint instead.

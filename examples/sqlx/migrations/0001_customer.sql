@@ -9,4 +9,5 @@ CREATE TABLE customer (
 CREATE INDEX ON customer (email_fp);
 
 SELECT rekey.register_column('customer', 'email', $$rekey.context('customer.email', id::text)$$);
-SELECT rekey.register_fingerprint('customer', 'email_fp', 'email', 'email_lookup', 'pii', 'lower($1)');
+SELECT rekey.register_fingerprint('customer', 'email_fp', 'email', key_name => 'email_lookup',
+                                  sealed_key => 'pii', normalise => 'lower($1)');

@@ -11,15 +11,16 @@ class Migration(migrations.Migration):
         migrations.CreateModel(
             name="Customer",
             fields=[
-                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("id", models.BigAutoField(primary_key=True, auto_created=True, serialize=False, verbose_name="ID")),
                 ("name", models.TextField()),
                 ("email", shop.fields.SealedTextField(key="pii", context="customer.email")),
-                ("email_fp", shop.fields.FingerprintField(of="email", key="email_lookup", db_index=True, editable=False)),
+                ("email_fp", shop.fields.FingerprintField(of="email", key="email_lookup")),
             ],
         ),
         migrations.RunSQL(
-            """SELECT rekey.register_column('shop_customer', 'email', $$rekey.context('customer.email')$$),
-                      rekey.register_fingerprint('shop_customer', 'email_fp', 'email', 'email_lookup', 'pii', 'lower($1)')""",
+            """SELECT rekey.register_column('shop_customer', 'email', $$'customer.email'$$),
+                      rekey.register_fingerprint('shop_customer', 'email_fp', 'email',
+                                                 'email_lookup', 'pii', 'lower($1)')""",
             """SELECT rekey.unregister_column('shop_customer', 'email_fp'),
                       rekey.unregister_column('shop_customer', 'email')""",
         ),

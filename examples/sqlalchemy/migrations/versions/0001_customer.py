@@ -16,7 +16,7 @@ def upgrade():
         sa.Column("email_fp", sa.LargeBinary, nullable=False, index=True),
     )
     op.execute(
-        """SELECT rekey.register_column('customer', 'email', $$rekey.context('customer.email')$$),
+        """SELECT rekey.register_column('customer', 'email', $$'customer.email'$$),
                   rekey.register_fingerprint('customer', 'email_fp', 'email', 'email_lookup',
                                              'pii', 'lower($1)')"""
     )

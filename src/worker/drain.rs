@@ -66,9 +66,13 @@ pub struct Drainer {
     background: bool,
     entered: HashSet<(Book, Oid)>,
     refused: HashMap<SlotId, (u32, Instant)>,
+    looked_at_drained: bool,
     proofs_too_old: u32,
     ages_read_at: Option<Instant>,
 }
+
+/// Why a proof is void, in the audit.
+const FOUND_AGAIN: &str = "values are sealed under it again";
 
 /// A proof that finds stale rows so many times in a row is left for a while: something copies them.
 const PROOFS_IN_A_ROW: u32 = 5;
@@ -92,6 +96,7 @@ impl Drainer {
             background: false,
             entered: HashSet::new(),
             refused: HashMap::new(),
+            looked_at_drained: false,
             proofs_too_old: 0,
             ages_read_at: None,
         }
@@ -530,7 +535,39 @@ impl Drainer {
                 ..Worked::default()
             }));
         }
+        if !self.background && !self.looked_at_drained && troubles.is_empty() {
+            self.looked_at_drained = true;
+            let found = self.found_again(leaves)?;
+            if found > 0 {
+                return Ok(Step::Worked(Worked {
+                    what: format!("{found} drained slots have values again"),
+                    ..Worked::default()
+                }));
+            }
+        }
         self.end_slots(leaves, troubles)
+    }
+
+    /// By hand the drained slots are looked for once more: what an old snapshot has copied, a
+    /// subscriber received or a restore brought is then re-encrypted like all that is stale.
+    fn found_again(&self, leaves: &[Leaf]) -> Result<usize> {
+        let slots = stale::slots()?;
+        let mut drained = read::all_slots()?;
+        drained.retain(|slot| {
+            slot.state == SlotState::Drained && slots.standing(slot.id) == Standing::Stale
+        });
+        let quarantine = Quarantine::of(leaves)?;
+        drained.retain(|slot| !quarantine.holds(slot.id));
+        if drained.is_empty() {
+            return Ok(0);
+        }
+        match proof::prove(leaves, &drained, self.ratio())? {
+            Verdict::Stale(_, named) => {
+                drained.retain(|slot| named.contains(&slot.id));
+                void_proofs(&drained, FOUND_AGAIN)
+            }
+            _ => Ok(0),
+        }
     }
 
     /// What after_drain says of the slots that are drained and past their grace.
@@ -575,6 +612,9 @@ impl Drainer {
             };
             if obstacle.scanned {
                 self.put_off_scan(id);
+            }
+            if obstacle.found {
+                void_proofs(std::slice::from_ref(&candidate.slot), FOUND_AGAIN)?;
             }
             why.get_or_insert_with(|| format!("slot {id}: {}", obstacle.why));
         }
@@ -704,15 +744,27 @@ fn wave(slots: &[SlotRow]) -> String {
     format!("{:016x}", hasher.finish())
 }
 
-/// After a restore or a copy what was proved there says nothing of the tables here: such slots
-/// await a proof again. Returns how many.
+/// After a restore or a copy what was proved there says nothing of the tables here. Returns how
+/// many slots await a proof again.
 fn void_proofs_made_elsewhere() -> Result<usize> {
-    let mut voided = 0;
+    let mut slots = Vec::new();
     for id in work::proved_elsewhere(locks::identity())? {
-        lifecycle::lock(&lifecycle::slot(id)?.key_name)?;
-        let slot = lifecycle::slot(id)?;
+        slots.push(lifecycle::slot(id)?);
+    }
+    void_proofs(&slots, "made on another server or database")
+}
+
+/// Drained slots of which values were found await a proof again.
+fn void_proofs(slots: &[SlotRow], why: &str) -> Result<usize> {
+    if slots.is_empty() {
+        return Ok(0);
+    }
+    let free = lock_free(slots)?;
+    let mut voided = 0;
+    for slot in slots.iter().filter(|slot| free.contains(&slot.key_name)) {
+        let slot = lifecycle::slot(slot.id.as_i64())?;
         if slot.state == SlotState::Drained {
-            write::transition(&slot, SlotState::Previous, "void_proof", "")?;
+            write::transition(&slot, SlotState::Previous, "void_proof", why)?;
             voided += 1;
         }
     }

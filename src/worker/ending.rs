@@ -35,6 +35,18 @@ pub struct Obstacle {
     pub why: String,
     /// Whether it took a scan to find out.
     pub scanned: bool,
+    /// Whether registered columns hold values of it again.
+    pub found: bool,
+}
+
+impl Obstacle {
+    fn new(why: String, scanned: bool) -> Obstacle {
+        Obstacle {
+            why,
+            scanned,
+            found: false,
+        }
+    }
 }
 
 /// Whether each of these may go now; None for yes, else why not. Makes the second scan, one for
@@ -47,10 +59,7 @@ pub fn may_go(
     let mut answers = Vec::new();
     for candidate in candidates {
         let why = before_the_scan(candidate.slot.id, leaves)?;
-        answers.push(why.map(|why| Obstacle {
-            why,
-            scanned: false,
-        }));
+        answers.push(why.map(|why| Obstacle::new(why, false)));
     }
     let free = |answers: &[Option<Obstacle>]| -> Vec<SlotRow> {
         let pairs = candidates.iter().zip(answers);
@@ -60,7 +69,7 @@ pub fn may_go(
     let refuse = |answers: &mut [Option<Obstacle>], why: String, scanned: bool| {
         for answer in answers.iter_mut() {
             let why = why.clone();
-            answer.get_or_insert_with(|| Obstacle { why, scanned });
+            answer.get_or_insert_with(|| Obstacle::new(why, scanned));
         }
     };
     if free(&answers).is_empty() {
@@ -82,7 +91,10 @@ pub fn may_go(
             for (candidate, answer) in candidates.iter().zip(&mut answers) {
                 if named.contains(&candidate.slot.id) {
                     let why = why.clone();
-                    answer.get_or_insert_with(|| Obstacle { why, scanned: true });
+                    answer.get_or_insert_with(|| Obstacle {
+                        found: true,
+                        ..Obstacle::new(why, true)
+                    });
                 }
             }
         }
@@ -100,10 +112,8 @@ pub fn may_go(
         for (candidate, answer) in candidates.iter().zip(&mut answers) {
             if candidate.destroy && answer.is_none() {
                 let places = elsewhere::of_slot(&elsewhere, candidate.slot.id);
-                *answer = places.map(|places| Obstacle {
-                    why: format!("unregistered columns hold values of it: {places}"),
-                    scanned: true,
-                });
+                let words = |places| format!("unregistered columns hold values of it: {places}");
+                *answer = places.map(|places| Obstacle::new(words(places), true));
             }
         }
     }

@@ -555,6 +555,25 @@ fn slots_end_by_one_second_scan_and_one_that_may_not_go_holds_up_no_other() {
 }
 
 #[test]
+fn a_drained_slot_of_which_values_come_back_is_drained_again() {
+    let database = database("again");
+    let mut client = database.connect();
+    client.run("CREATE TEMP TABLE kept AS SELECT * FROM t WHERE id = 1; SELECT rotate_key('pii')");
+    reencrypt(&mut client);
+    client.run("UPDATE t SET c = kept.c FROM kept WHERE t.id = 1");
+    let slot = old_slot(&mut client);
+    refused(&mut client, "destroy_slot", &slot, "public.t (1 rows)");
+    reencrypt(&mut client);
+    assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!(
+        client.text("SELECT detail FROM rekey.audit WHERE action = 'void_proof'"),
+        "values are sealed under it again"
+    );
+    end(&mut client, "destroy_slot", &slot);
+}
+
+#[test]
 fn every_registered_column_counts_however_many_a_table_has() {
     let database = database("wide");
     let mut client = database.connect();

@@ -16,6 +16,7 @@ use pgrx::pg_sys::{self, Datum, FunctionCallInfo, Oid};
 use pgrx::prelude::*;
 
 use super::columns::own;
+use super::seal::key_or_default;
 use crate::catalog::views::{self, Column, Sealed};
 use crate::catalog::{read, write::Audit};
 use crate::error::{Error, Result};
@@ -24,10 +25,12 @@ use crate::ffi::expression::Expression;
 use crate::ffi::statement::{FirstRow, Statement};
 use crate::ffi::table::columns_of;
 use crate::ffi::trigger::TriggerCall;
-use crate::ffi::types::{self, Function};
+use crate::ffi::types::{self, Cast, Function};
 use crate::ffi::view::{self, Beneath};
 use crate::ffi::{hooks, relation, session, table, text};
 use crate::registry;
+use crate::sealing;
+use crate::typed::Sealable;
 
 #[pg_extern(sql = false)]
 fn create_view(fcinfo: FunctionCallInfo) -> Reply {
@@ -202,8 +205,18 @@ enum Kind {
     Sealed {
         context: Option<Expression>,
         key: String,
-        typed: bool,
+        sealable: Sealable,
     },
+}
+
+/// How values of a type are sealed: as encrypt_col does, to which varchar and its like are text.
+fn sealable(type_oid: Oid) -> Result<Sealable> {
+    let is_text = types::is_string(type_oid)
+        && matches!(
+            types::cast_between(type_oid, pg_sys::TEXTOID),
+            Ok(Some(Cast::Relabel))
+        );
+    Sealable::of(if is_text { pg_sys::TEXTOID } else { type_oid })
 }
 
 impl Shown {
@@ -218,10 +231,24 @@ impl Shown {
         }
     }
 
-    fn key(&self) -> &str {
-        match &self.kind {
-            Kind::Sealed { key, .. } => key,
-            _ => "",
+    /// The envelope of a value, for the current user; a column that is not sealed takes the value.
+    fn stored(&self, value: Option<Datum>, context: Option<Datum>) -> Result<Option<Datum>> {
+        let (Kind::Sealed { key, sealable, .. }, Some(value)) = (&self.kind, value) else {
+            return Ok(value);
+        };
+        let key = text::to_server(key.as_bytes())?;
+        let key = key_or_default(&key)?;
+        let context = text::detoasted(context.ok_or(Error::NullArgument("context"))?);
+        let (kind, prefix, body) = sealable.payload(value)?;
+        sealing::seal(key, &text::to_utf8(context)?, kind, prefix, &body).map(Some)
+    }
+
+    /// The type of what is stored.
+    fn stored_type(&self) -> Oid {
+        if self.is_sealed() {
+            pg_sys::BYTEAOID
+        } else {
+            self.type_oid
         }
     }
 }
@@ -237,7 +264,6 @@ struct Shape {
 /// What the trigger does with the rows of one statement.
 struct Plan {
     table: String,
-    verbs: String,
     columns: Vec<Shown>,
     key: Vec<usize>,
     row: view::Row,
@@ -276,7 +302,7 @@ impl Plan {
                 Some(sealed) => Kind::Sealed {
                     context: sealed.context,
                     key: keys.next().unwrap_or_default(),
-                    typed: sealed.typed,
+                    sealable: sealable(shown.type_oid)?,
                 },
                 None if relation::is_generated(oid, attnum) => Kind::Generated,
                 None if relation::identity(oid, attnum) != 0 => {
@@ -305,7 +331,6 @@ impl Plan {
             .ok_or_else(unusable)?;
         Ok(Plan {
             table: table::name(oid)?,
-            verbs: views::schema()?,
             columns,
             key,
             row: beneath.row(),
@@ -438,15 +463,8 @@ impl Plan {
         let mut values = Vec::new();
         for at in &taken {
             let column = &self.columns[*at];
-            let value = parameter(&mut parameters, column.type_oid, row[*at]);
-            values.push(if column.is_sealed() {
-                let key = text::text_datum(column.key())?;
-                let key = parameter(&mut parameters, pg_sys::TEXTOID, Some(key));
-                let context = parameter(&mut parameters, pg_sys::TEXTOID, contexts[*at]);
-                format!("{}.encrypt_col({value}, {key}, {context})", self.verbs)
-            } else {
-                value
-            });
+            let value = column.stored(row[*at], contexts[*at])?;
+            values.push(parameter(&mut parameters, column.stored_type(), value));
         }
         let sql = || {
             let names: Vec<&str> = taken
@@ -519,30 +537,17 @@ impl Plan {
         for at in &changed {
             let column = &self.columns[*at];
             let name = &column.name;
-            let value = parameter(&mut parameters, column.type_oid, new[*at]);
+            let value = column.stored(new[*at], after[*at])?;
+            let value = parameter(&mut parameters, column.stored_type(), value);
             let was = parameter(&mut parameters, column.type_oid, old[*at]);
-            if !column.is_sealed() {
-                settings.push(format!("{name} = {value}"));
-                guards.push((name.clone(), was));
-                continue;
-            }
-            let key = text::text_datum(column.key())?;
-            let key = parameter(&mut parameters, pg_sys::TEXTOID, Some(key));
-            let context = parameter(&mut parameters, pg_sys::TEXTOID, after[*at]);
-            let context_was = parameter(&mut parameters, pg_sys::TEXTOID, before[*at]);
-            let verbs = &self.verbs;
-            // The value stays under the key that it is under.
-            settings.push(format!(
-                "{name} = {verbs}.encrypt_col({value}, CASE WHEN {name} IS NULL THEN {key} \
-                 ELSE (rekey.describe({name})).key_name END, {context})"
-            ));
-            let open = match column.kind {
-                Kind::Sealed { typed: true, .. } => {
-                    format!("{verbs}.decrypt_col_as({name}, {was}, {context_was})")
-                }
-                _ => format!("{verbs}.decrypt_col({name}, {context_was})"),
+            settings.push(format!("{name} = {value}"));
+            let now = if column.is_sealed() {
+                let context_was = parameter(&mut parameters, pg_sys::TEXTOID, before[*at]);
+                format!("rekey.decrypt_col_as({name}, {was}, {context_was})")
+            } else {
+                name.clone()
             };
-            guards.push((open, was));
+            guards.push((now, was));
         }
         if changed.is_empty() {
             // The table's triggers fire, as they do when a row is updated to what it is. A sealed

@@ -24,8 +24,6 @@ pub struct Shown {
 pub struct Sealed {
     /// The context over the row of the table; None when there is none.
     pub context: Option<Expression>,
-    /// Whether it is opened by decrypt_col_as.
-    pub typed: bool,
 }
 
 /// Table and columns of an open view, in the order of the view; None when its query is another one
@@ -79,18 +77,16 @@ unsafe fn column(node: *mut pg_sys::Node, index: c_int) -> Result<Option<(i16, O
             return Ok(None);
         }
         let call: *mut pg_sys::FuncExpr = node.cast();
-        let typed = match super::scan::verb((*call).funcid).as_deref() {
-            Some("decrypt_col") => false,
-            Some("decrypt_col_as") => true,
-            _ => return Ok(None),
-        };
+        if super::scan::verb((*call).funcid).as_deref() != Some("decrypt_col_as") {
+            return Ok(None);
+        }
         let args = pgrx::PgList::<pg_sys::Node>::from_pg((*call).args);
         let envelope = args.get_ptr(0).and_then(|arg| plain(arg, index));
         let context = args
-            .get_ptr(if typed { 2 } else { 1 })
+            .get_ptr(2)
             .map(|node| Expression::of_node(node))
             .transpose()?;
-        Ok(envelope.map(|attnum| (attnum, Some(Sealed { context, typed }))))
+        Ok(envelope.map(|attnum| (attnum, Some(Sealed { context }))))
     }
 }
 

@@ -258,6 +258,8 @@ impl Shown {
 struct Shape {
     kind: u8,
     columns: Vec<usize>,
+    /// Sealed columns that must be empty still.
+    empty: Vec<usize>,
     overriding: bool,
 }
 
@@ -487,6 +489,7 @@ impl Plan {
         let shape = Shape {
             kind: b'i',
             columns: taken.clone(),
+            empty: Vec::new(),
             overriding,
         };
         match self.run(shape, sql, &parameters)? {
@@ -531,6 +534,15 @@ impl Plan {
             .copied()
             .filter(|at| self.columns[*at].is_sealed())
             .collect();
+        // One that somebody seals meanwhile would be left behind, bound to the old context.
+        let empty: Vec<usize> = (0..self.columns.len())
+            .filter(|at| {
+                self.columns[*at].is_sealed()
+                    && old[*at].is_none()
+                    && new[*at].is_none()
+                    && !types::same(pg_sys::TEXTOID, before[*at], after[*at])
+            })
+            .collect();
         let mut parameters = Parameters::new();
         let mut settings = Vec::new();
         let mut guards = Vec::new();
@@ -548,6 +560,10 @@ impl Plan {
                 name.clone()
             };
             guards.push((now, was));
+        }
+        for at in &empty {
+            let name = &self.columns[*at].name;
+            guards.push((format!("{name} IS NULL"), "true".to_string()));
         }
         if changed.is_empty() {
             // The table's triggers fire, as they do when a row is updated to what it is. A sealed
@@ -570,6 +586,7 @@ impl Plan {
         let shape = Shape {
             kind: b'u',
             columns: changed.clone(),
+            empty,
             overriding: false,
         };
         match self.run(shape, sql, &parameters)? {
@@ -596,6 +613,7 @@ impl Plan {
         let shape = Shape {
             kind: b's',
             columns: Vec::new(),
+            empty: Vec::new(),
             overriding: false,
         };
         let sql = || format!("SELECT 1 FROM {} WHERE {found}", self.table);
@@ -608,6 +626,7 @@ impl Plan {
         let shape = Shape {
             kind: b'd',
             columns: Vec::new(),
+            empty: Vec::new(),
             overriding: false,
         };
         let sql = || format!("DELETE FROM {} WHERE {found}", self.table);

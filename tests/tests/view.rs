@@ -311,6 +311,31 @@ fn a_function_beside_the_verbs_is_not_called_in_their_place() {
 }
 
 #[test]
+fn a_value_that_is_sealed_meanwhile_is_not_left_behind_in_another_context() {
+    let (database, mut admin) = database("behind");
+    admin.run(
+        "CREATE TABLE note (id int PRIMARY KEY, tenant text, body bytea);
+         SELECT rekey.register_column('note', 'body', 'tenant');
+         SELECT rekey.create_view('note', 'note_plain', 'pii');
+         INSERT INTO note_plain VALUES (1, 'a', NULL)",
+    );
+    let lost = race(
+        &database,
+        &mut admin,
+        "UPDATE note_plain SET body = 'new'",
+        "UPDATE note_plain SET tenant = 'b'",
+    );
+    assert_eq!(lost.expect_err("a refusal").code, "40001");
+    assert_eq!(
+        admin.text("SELECT n::text FROM note_plain n"),
+        "(1,a,new)",
+        "it opens"
+    );
+    admin.run("UPDATE note_plain SET body = NULL; UPDATE note_plain SET tenant = 'b'");
+    assert_eq!(admin.text("SELECT n::text FROM note_plain n"), "(1,b,)");
+}
+
+#[test]
 fn the_privileges_of_whoever_asks_count_on_keys_and_table() {
     let (database, mut admin) = database("who");
     admin.run("INSERT INTO person (name, email) VALUES ('Ada', 'ada@example.org')");

@@ -50,6 +50,7 @@ fn create_view(fcinfo: FunctionCallInfo) -> Reply {
                     .to_string(),
             )
         })?;
+        refuse_children(oid)?;
         if Beneath::open(oid).key().is_empty() {
             return Err(Error::State(
                 format!("{table} has no primary key"),
@@ -114,6 +115,19 @@ fn create_view(fcinfo: FunctionCallInfo) -> Reply {
         .record()?;
         Ok(Reply::void())
     })
+}
+
+/// A view cannot tell the rows of a table from those of its children: their keys may be the same.
+fn refuse_children(oid: Oid) -> Result<()> {
+    if !relation::has_children(oid) {
+        return Ok(());
+    }
+    let table = table::name(oid)?;
+    Err(Error::State(
+        format!("other tables inherit from {table}"),
+        "Its primary key does not tell its rows from theirs.".to_string(),
+        "Use a partitioned table, or end the inheritance: ALTER TABLE ... NO INHERIT.".to_string(),
+    ))
 }
 
 /// How the caller wants a column opened and sealed.
@@ -295,6 +309,7 @@ impl Plan {
             )
         };
         let (oid, shown) = view::columns(trigger.relation())?.ok_or_else(unusable)?;
+        refuse_children(oid)?;
         let beneath = Beneath::open(oid);
         let mut keys = trigger.arguments()?.into_iter();
         let mut columns = Vec::new();

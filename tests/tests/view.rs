@@ -336,6 +336,30 @@ fn a_value_that_is_sealed_meanwhile_is_not_left_behind_in_another_context() {
 }
 
 #[test]
+fn tables_that_others_inherit_from_are_refused() {
+    let (_, mut admin) = database("inherit");
+    admin.run(
+        "CREATE TABLE parent (id int PRIMARY KEY, c bytea);
+         SELECT rekey.register_column('parent', 'c');
+         SELECT rekey.create_view('parent', 'v', 'pii');
+         INSERT INTO v VALUES (1, 'one');
+         CREATE TABLE child () INHERITS (parent);
+         INSERT INTO child VALUES (1)",
+    );
+    for write in [
+        "SELECT rekey.create_view('parent', 'v', 'pii')",
+        "INSERT INTO v VALUES (2, 'two')",
+        "UPDATE v SET c = 'other'",
+        "DELETE FROM v",
+    ] {
+        admin.refuse(write, "55000").names("parent");
+    }
+    assert_eq!(admin.number("SELECT count(*) FROM parent"), 2);
+    admin.run("DROP TABLE child; UPDATE v SET c = 'other'");
+    assert_eq!(admin.text("SELECT c FROM v"), "other");
+}
+
+#[test]
 fn the_privileges_of_whoever_asks_count_on_keys_and_table() {
     let (database, mut admin) = database("who");
     admin.run("INSERT INTO person (name, email) VALUES ('Ada', 'ada@example.org')");

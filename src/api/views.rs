@@ -26,7 +26,7 @@ use crate::ffi::statement::{FirstRow, Statement};
 use crate::ffi::table::columns_of;
 use crate::ffi::trigger::TriggerCall;
 use crate::ffi::types::{self, Cast, Function};
-use crate::ffi::view::{self, Beneath};
+use crate::ffi::view::{self, Beneath, KeyColumn};
 use crate::ffi::{hooks, relation, session, table, text};
 use crate::registry;
 use crate::sealing;
@@ -281,7 +281,7 @@ struct Shape {
 struct Plan {
     table: String,
     columns: Vec<Shown>,
-    key: Vec<usize>,
+    key: Vec<(usize, KeyColumn)>,
     row: view::Row,
     statements: RefCell<HashMap<Shape, Rc<Statement>>>,
 }
@@ -337,11 +337,12 @@ impl Plan {
         }
         let key = beneath
             .key()
-            .iter()
-            .map(|attnum| {
+            .into_iter()
+            .map(|key| {
                 columns
                     .iter()
-                    .position(|c| c.attnum == *attnum && !c.is_sealed())
+                    .position(|c| c.attnum == key.attnum && !c.is_sealed())
+                    .map(|at| (at, key))
             })
             .collect::<Option<Vec<_>>>()
             .filter(|key| !key.is_empty() && columns.iter().any(Shown::is_sealed))
@@ -522,10 +523,11 @@ impl Plan {
         let parts: Vec<String> = self
             .key
             .iter()
-            .map(|at| {
+            .map(|(at, key)| {
                 let column = &self.columns[*at];
                 let value = parameter(parameters, column.type_oid, old[*at]);
-                format!("{} OPERATOR(pg_catalog.=) {value}", column.name)
+                let (cast, operator) = (&key.cast, &key.operator);
+                format!("{}{cast} OPERATOR({operator}) {value}{cast}", column.name)
             })
             .collect();
         parts.join(" AND ")

@@ -360,6 +360,39 @@ fn tables_that_others_inherit_from_are_refused() {
 }
 
 #[test]
+fn the_primary_key_is_compared_as_its_index_does() {
+    let (_, mut admin) = database("operator");
+    // A type that pg_catalog has no equality for, as ltree.
+    admin.run(
+        "CREATE SCHEMA app;
+         CREATE TYPE app.odd;
+         CREATE FUNCTION app.odd_in(cstring) RETURNS app.odd
+             LANGUAGE internal IMMUTABLE STRICT AS 'int4in';
+         CREATE FUNCTION app.odd_out(app.odd) RETURNS cstring
+             LANGUAGE internal IMMUTABLE STRICT AS 'int4out';
+         CREATE TYPE app.odd (INPUT = app.odd_in, OUTPUT = app.odd_out, LIKE = int4);
+         CREATE FUNCTION app.odd_cmp(app.odd, app.odd) RETURNS int
+             LANGUAGE internal IMMUTABLE STRICT AS 'btint4cmp';
+         CREATE FUNCTION app.odd_eq(app.odd, app.odd) RETURNS bool
+             LANGUAGE internal IMMUTABLE STRICT AS 'int4eq';
+         CREATE OPERATOR app.= (LEFTARG = app.odd, RIGHTARG = app.odd, FUNCTION = app.odd_eq);
+         CREATE OPERATOR CLASS app.odd_ops DEFAULT FOR TYPE app.odd USING btree AS
+             OPERATOR 3 app.=, FUNCTION 1 app.odd_cmp(app.odd, app.odd);
+         CREATE DOMAIN app.odder AS app.odd;
+         CREATE TABLE note (id app.odder, part varchar(3), c bytea, PRIMARY KEY (part, id));
+         SELECT rekey.register_column('note', 'c');
+         SELECT rekey.create_view('note', 'note_plain', 'pii');
+         INSERT INTO note_plain VALUES ('1', 'a', 'one'), ('2', 'a', 'two'), ('3', 'a', 'three');
+         UPDATE note_plain SET c = 'other' WHERE c = 'two';
+         DELETE FROM note_plain WHERE c = 'three'",
+    );
+    assert_eq!(
+        admin.column("SELECT c FROM note_plain ORDER BY id::text"),
+        ["one", "other"]
+    );
+}
+
+#[test]
 fn the_privileges_of_whoever_asks_count_on_keys_and_table() {
     let (database, mut admin) = database("who");
     admin.run("INSERT INTO person (name, email) VALUES ('Ada', 'ada@example.org')");

@@ -407,6 +407,11 @@ COMMENT ON FUNCTION rekey.live() IS
 
 -- Views.
 
+CREATE FUNCTION rekey.decrypt_col_as(envelope bytea, as_type anyelement, context text DEFAULT '') RETURNS anyelement
+    LANGUAGE c STABLE PARALLEL SAFE COST 20 AS 'MODULE_PATHNAME', 'decrypt_col_as_wrapper';
+COMMENT ON FUNCTION rekey.decrypt_col_as(bytea, anyelement, text) IS
+    'decrypt_col_as for views, in a schema where nobody can make a function that is taken for it';
+
 CREATE FUNCTION rekey.write_view() RETURNS trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'write_view_wrapper';
 COMMENT ON FUNCTION rekey.write_view() IS

@@ -55,9 +55,12 @@ fn encrypt_col_anyelement(fcinfo: FunctionCallInfo) -> Reply {
 /// The key name of the call, its second argument; an empty one is the default.
 #[inline]
 pub(super) fn key_name(call: &Call) -> Result<&[u8]> {
-    let Some(name) = call.bytes(1) else {
-        return Err(Error::NullArgument("key_name"));
-    };
+    key_or_default(call.bytes(1).ok_or(Error::NullArgument("key_name"))?)
+}
+
+/// A key's name, or that of the default key when it is empty.
+#[inline]
+pub(super) fn key_or_default(name: &[u8]) -> Result<&[u8]> {
     let key = if name.is_empty() {
         guc::default_key()
     } else {

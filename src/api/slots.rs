@@ -79,8 +79,7 @@ fn prove_again(slot: &SlotRow, destroy: bool) -> Result<()> {
         why = ending::may_go(&[Candidate { slot, destroy }], &leaves, None)?
             .into_iter()
             .next()
-            .flatten()
-            .map(|obstacle| obstacle.why);
+            .flatten();
     }
     match why {
         None => Ok(()),

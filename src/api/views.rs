@@ -16,6 +16,7 @@ use pgrx::pg_sys::{self, Datum, FunctionCallInfo, Oid};
 use pgrx::prelude::*;
 
 use super::columns::own;
+use super::seal::key_or_default;
 use crate::catalog::views::{self, Column, Sealed};
 use crate::catalog::{read, write::Audit};
 use crate::error::{Error, Result};
@@ -24,10 +25,12 @@ use crate::ffi::expression::Expression;
 use crate::ffi::statement::{FirstRow, Statement};
 use crate::ffi::table::columns_of;
 use crate::ffi::trigger::TriggerCall;
-use crate::ffi::types::{self, Function};
-use crate::ffi::view::{self, Beneath};
+use crate::ffi::types::{self, Cast, Function};
+use crate::ffi::view::{self, Beneath, KeyColumn};
 use crate::ffi::{hooks, relation, session, table, text};
 use crate::registry;
+use crate::sealing;
+use crate::typed::Sealable;
 
 #[pg_extern(sql = false)]
 fn create_view(fcinfo: FunctionCallInfo) -> Reply {
@@ -47,6 +50,7 @@ fn create_view(fcinfo: FunctionCallInfo) -> Reply {
                     .to_string(),
             )
         })?;
+        refuse_children(oid)?;
         if Beneath::open(oid).key().is_empty() {
             return Err(Error::State(
                 format!("{table} has no primary key"),
@@ -111,6 +115,19 @@ fn create_view(fcinfo: FunctionCallInfo) -> Reply {
         .record()?;
         Ok(Reply::void())
     })
+}
+
+/// A view cannot tell the rows of a table from those of its children: their keys may be the same.
+fn refuse_children(oid: Oid) -> Result<()> {
+    if !relation::has_children(oid) {
+        return Ok(());
+    }
+    let table = table::name(oid)?;
+    Err(Error::State(
+        format!("other tables inherit from {table}"),
+        "Its primary key does not tell its rows from theirs.".to_string(),
+        "Use a partitioned table, or end the inheritance: ALTER TABLE ... NO INHERIT.".to_string(),
+    ))
 }
 
 /// How the caller wants a column opened and sealed.
@@ -202,8 +219,18 @@ enum Kind {
     Sealed {
         context: Option<Expression>,
         key: String,
-        typed: bool,
+        sealable: Sealable,
     },
+}
+
+/// How values of a type are sealed: as encrypt_col does, to which varchar and its like are text.
+fn sealable(type_oid: Oid) -> Result<Sealable> {
+    let is_text = types::is_string(type_oid)
+        && matches!(
+            types::cast_between(type_oid, pg_sys::TEXTOID),
+            Ok(Some(Cast::Relabel))
+        );
+    Sealable::of(if is_text { pg_sys::TEXTOID } else { type_oid })
 }
 
 impl Shown {
@@ -218,10 +245,24 @@ impl Shown {
         }
     }
 
-    fn key(&self) -> &str {
-        match &self.kind {
-            Kind::Sealed { key, .. } => key,
-            _ => "",
+    /// The envelope of a value, for the current user; a column that is not sealed takes the value.
+    fn stored(&self, value: Option<Datum>, context: Option<Datum>) -> Result<Option<Datum>> {
+        let (Kind::Sealed { key, sealable, .. }, Some(value)) = (&self.kind, value) else {
+            return Ok(value);
+        };
+        let key = text::to_server(key.as_bytes())?;
+        let key = key_or_default(&key)?;
+        let context = text::detoasted(context.ok_or(Error::NullArgument("context"))?);
+        let (kind, prefix, body) = sealable.payload(value)?;
+        sealing::seal(key, &text::to_utf8(context)?, kind, prefix, &body).map(Some)
+    }
+
+    /// The type of what is stored.
+    fn stored_type(&self) -> Oid {
+        if self.is_sealed() {
+            pg_sys::BYTEAOID
+        } else {
+            self.type_oid
         }
     }
 }
@@ -231,15 +272,16 @@ impl Shown {
 struct Shape {
     kind: u8,
     columns: Vec<usize>,
+    /// Sealed columns that must be empty still.
+    empty: Vec<usize>,
     overriding: bool,
 }
 
 /// What the trigger does with the rows of one statement.
 struct Plan {
     table: String,
-    verbs: String,
     columns: Vec<Shown>,
-    key: Vec<usize>,
+    key: Vec<(usize, KeyColumn)>,
     row: view::Row,
     statements: RefCell<HashMap<Shape, Rc<Statement>>>,
 }
@@ -267,6 +309,7 @@ impl Plan {
             )
         };
         let (oid, shown) = view::columns(trigger.relation())?.ok_or_else(unusable)?;
+        refuse_children(oid)?;
         let beneath = Beneath::open(oid);
         let mut keys = trigger.arguments()?.into_iter();
         let mut columns = Vec::new();
@@ -276,7 +319,7 @@ impl Plan {
                 Some(sealed) => Kind::Sealed {
                     context: sealed.context,
                     key: keys.next().unwrap_or_default(),
-                    typed: sealed.typed,
+                    sealable: sealable(shown.type_oid)?,
                 },
                 None if relation::is_generated(oid, attnum) => Kind::Generated,
                 None if relation::identity(oid, attnum) != 0 => {
@@ -294,18 +337,18 @@ impl Plan {
         }
         let key = beneath
             .key()
-            .iter()
-            .map(|attnum| {
+            .into_iter()
+            .map(|key| {
                 columns
                     .iter()
-                    .position(|c| c.attnum == *attnum && !c.is_sealed())
+                    .position(|c| c.attnum == key.attnum && !c.is_sealed())
+                    .map(|at| (at, key))
             })
             .collect::<Option<Vec<_>>>()
             .filter(|key| !key.is_empty() && columns.iter().any(Shown::is_sealed))
             .ok_or_else(unusable)?;
         Ok(Plan {
             table: table::name(oid)?,
-            verbs: views::schema()?,
             columns,
             key,
             row: beneath.row(),
@@ -438,15 +481,8 @@ impl Plan {
         let mut values = Vec::new();
         for at in &taken {
             let column = &self.columns[*at];
-            let value = parameter(&mut parameters, column.type_oid, row[*at]);
-            values.push(if column.is_sealed() {
-                let key = text::text_datum(column.key())?;
-                let key = parameter(&mut parameters, pg_sys::TEXTOID, Some(key));
-                let context = parameter(&mut parameters, pg_sys::TEXTOID, contexts[*at]);
-                format!("{}.encrypt_col({value}, {key}, {context})", self.verbs)
-            } else {
-                value
-            });
+            let value = column.stored(row[*at], contexts[*at])?;
+            values.push(parameter(&mut parameters, column.stored_type(), value));
         }
         let sql = || {
             let names: Vec<&str> = taken
@@ -469,6 +505,7 @@ impl Plan {
         let shape = Shape {
             kind: b'i',
             columns: taken.clone(),
+            empty: Vec::new(),
             overriding,
         };
         match self.run(shape, sql, &parameters)? {
@@ -486,10 +523,11 @@ impl Plan {
         let parts: Vec<String> = self
             .key
             .iter()
-            .map(|at| {
+            .map(|(at, key)| {
                 let column = &self.columns[*at];
                 let value = parameter(parameters, column.type_oid, old[*at]);
-                format!("{} OPERATOR(pg_catalog.=) {value}", column.name)
+                let (cast, operator) = (&key.cast, &key.operator);
+                format!("{}{cast} OPERATOR({operator}) {value}{cast}", column.name)
             })
             .collect();
         parts.join(" AND ")
@@ -513,36 +551,36 @@ impl Plan {
             .copied()
             .filter(|at| self.columns[*at].is_sealed())
             .collect();
+        // One that somebody seals meanwhile would be left behind, bound to the old context.
+        let empty: Vec<usize> = (0..self.columns.len())
+            .filter(|at| {
+                self.columns[*at].is_sealed()
+                    && old[*at].is_none()
+                    && new[*at].is_none()
+                    && !types::same(pg_sys::TEXTOID, before[*at], after[*at])
+            })
+            .collect();
         let mut parameters = Parameters::new();
         let mut settings = Vec::new();
         let mut guards = Vec::new();
         for at in &changed {
             let column = &self.columns[*at];
             let name = &column.name;
-            let value = parameter(&mut parameters, column.type_oid, new[*at]);
+            let value = column.stored(new[*at], after[*at])?;
+            let value = parameter(&mut parameters, column.stored_type(), value);
             let was = parameter(&mut parameters, column.type_oid, old[*at]);
-            if !column.is_sealed() {
-                settings.push(format!("{name} = {value}"));
-                guards.push((name.clone(), was));
-                continue;
-            }
-            let key = text::text_datum(column.key())?;
-            let key = parameter(&mut parameters, pg_sys::TEXTOID, Some(key));
-            let context = parameter(&mut parameters, pg_sys::TEXTOID, after[*at]);
-            let context_was = parameter(&mut parameters, pg_sys::TEXTOID, before[*at]);
-            let verbs = &self.verbs;
-            // The value stays under the key that it is under.
-            settings.push(format!(
-                "{name} = {verbs}.encrypt_col({value}, CASE WHEN {name} IS NULL THEN {key} \
-                 ELSE (rekey.describe({name})).key_name END, {context})"
-            ));
-            let open = match column.kind {
-                Kind::Sealed { typed: true, .. } => {
-                    format!("{verbs}.decrypt_col_as({name}, {was}, {context_was})")
-                }
-                _ => format!("{verbs}.decrypt_col({name}, {context_was})"),
+            settings.push(format!("{name} = {value}"));
+            let now = if column.is_sealed() {
+                let context_was = parameter(&mut parameters, pg_sys::TEXTOID, before[*at]);
+                format!("rekey.decrypt_col_as({name}, {was}, {context_was})")
+            } else {
+                name.clone()
             };
-            guards.push((open, was));
+            guards.push((now, was));
+        }
+        for at in &empty {
+            let name = &self.columns[*at].name;
+            guards.push((format!("{name} IS NULL"), "true".to_string()));
         }
         if changed.is_empty() {
             // The table's triggers fire, as they do when a row is updated to what it is. A sealed
@@ -565,6 +603,7 @@ impl Plan {
         let shape = Shape {
             kind: b'u',
             columns: changed.clone(),
+            empty,
             overriding: false,
         };
         match self.run(shape, sql, &parameters)? {
@@ -591,6 +630,7 @@ impl Plan {
         let shape = Shape {
             kind: b's',
             columns: Vec::new(),
+            empty: Vec::new(),
             overriding: false,
         };
         let sql = || format!("SELECT 1 FROM {} WHERE {found}", self.table);
@@ -603,6 +643,7 @@ impl Plan {
         let shape = Shape {
             kind: b'd',
             columns: Vec::new(),
+            empty: Vec::new(),
             overriding: false,
         };
         let sql = || format!("DELETE FROM {} WHERE {found}", self.table);

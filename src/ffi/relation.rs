@@ -178,6 +178,18 @@ pub fn leaves(relation: Oid) -> Vec<Oid> {
     }
 }
 
+/// Whether other tables inherit from a table that is not partitioned.
+pub fn has_children(relation: Oid) -> bool {
+    // SAFETY: reads pg_inherits; the list lives in the current context.
+    kind(relation) == b'r'
+        && unsafe {
+            let list = pg_guard_ffi_boundary(|| {
+                find_all_inheritors(relation, pg_sys::NoLock as i32, std::ptr::null_mut())
+            });
+            pgrx::PgList::<Oid>::from_pg(list).len() > 1
+        }
+}
+
 /// The partitioned tables that a table is a partition of, the nearest first.
 pub fn ancestors(relation: Oid) -> Vec<Oid> {
     // SAFETY: a syscache look-up; get_partition_ancestors raises for what is no partition.

@@ -8,7 +8,11 @@ use std::ffi::c_int;
 use pgrx::pg_sys::{self, Oid};
 
 use super::expression::Expression;
+use super::{text, types};
 use crate::error::Result;
+
+/// BTEqualStrategyNumber (src/include/access/stratnum.h).
+const EQUALITY: i16 = 3;
 
 /// A column of the view.
 pub struct Shown {
@@ -24,8 +28,6 @@ pub struct Shown {
 pub struct Sealed {
     /// The context over the row of the table; None when there is none.
     pub context: Option<Expression>,
-    /// Whether it is opened by decrypt_col_as.
-    pub typed: bool,
 }
 
 /// Table and columns of an open view, in the order of the view; None when its query is another one
@@ -79,18 +81,16 @@ unsafe fn column(node: *mut pg_sys::Node, index: c_int) -> Result<Option<(i16, O
             return Ok(None);
         }
         let call: *mut pg_sys::FuncExpr = node.cast();
-        let typed = match super::scan::verb((*call).funcid).as_deref() {
-            Some("decrypt_col") => false,
-            Some("decrypt_col_as") => true,
-            _ => return Ok(None),
-        };
+        if super::scan::verb((*call).funcid).as_deref() != Some("decrypt_col_as") {
+            return Ok(None);
+        }
         let args = pgrx::PgList::<pg_sys::Node>::from_pg((*call).args);
         let envelope = args.get_ptr(0).and_then(|arg| plain(arg, index));
         let context = args
-            .get_ptr(if typed { 2 } else { 1 })
+            .get_ptr(2)
             .map(|node| Expression::of_node(node))
             .transpose()?;
-        Ok(envelope.map(|attnum| (attnum, Some(Sealed { context, typed }))))
+        Ok(envelope.map(|attnum| (attnum, Some(Sealed { context }))))
     }
 }
 
@@ -123,16 +123,29 @@ impl Beneath {
         Beneath(unsafe { pg_sys::relation_open(oid, pg_sys::AccessShareLock as i32) })
     }
 
-    /// The columns of its primary key, none without one.
-    pub fn key(&self) -> Vec<i16> {
-        let low = pg_sys::FirstLowInvalidHeapAttributeNumber;
-        // SAFETY: open; the set is a copy.
+    /// Its primary key, none without one that is checked at once.
+    pub fn key(&self) -> Vec<KeyColumn> {
+        // SAFETY: open; making the list of indexes sets rd_pkindex. The index is open while its
+        // arrays, which have as many elements as it has key columns, are read.
         unsafe {
-            let kind = pg_sys::IndexAttrBitmapKind::INDEX_ATTR_BITMAP_PRIMARY_KEY;
-            let set = pg_sys::RelationGetIndexAttrBitmap(self.0, kind);
-            (1..=(*(*self.0).rd_rel).relnatts)
-                .filter(|attnum| pg_sys::bms_is_member(i32::from(*attnum) - low, set))
-                .collect()
+            pg_sys::list_free(pg_sys::RelationGetIndexList(self.0));
+            let primary = (*self.0).rd_pkindex;
+            if primary == pg_sys::InvalidOid {
+                return Vec::new();
+            }
+            let index = pg_sys::index_open(primary, pg_sys::AccessShareLock as i32);
+            let row = (*index).rd_index;
+            let count = usize::try_from((*row).indnkeyatts).unwrap_or(0);
+            let attnums = (*row).indkey.values.as_slice(count);
+            let key = attnums.iter().enumerate().map(|(at, attnum)| {
+                let of = *(*index).rd_opcintype.add(at);
+                let family = *(*index).rd_opfamily.add(at);
+                let operator = pg_sys::get_opfamily_member(family, of, of, EQUALITY);
+                KeyColumn::of(*attnum, operator, of)
+            });
+            let key: Option<_> = key.collect();
+            pg_sys::index_close(index, pg_sys::NoLock as i32);
+            key.unwrap_or_default()
         }
     }
 
@@ -166,6 +179,51 @@ impl Drop for Beneath {
         if !std::thread::panicking() {
             // SAFETY: opened by `open`, closed once.
             unsafe { pg_sys::relation_close(self.0, pg_sys::NoLock as i32) }
+        }
+    }
+}
+
+/// A column of a primary key.
+pub struct KeyColumn {
+    /// Its number in the table.
+    pub attnum: i16,
+    /// The equality of the index, qualified.
+    pub operator: String,
+    /// What makes its operands of the type that it is for, so that it is the one that is meant:
+    /// anybody may make others of its name beside it. Empty for a built-in operator.
+    pub cast: String,
+}
+
+impl KeyColumn {
+    /// None for an operator class without an equality.
+    fn of(attnum: i16, operator: Oid, type_oid: Oid) -> Option<KeyColumn> {
+        let pg_catalog = Oid::from(pg_sys::PG_CATALOG_NAMESPACE);
+        // SAFETY: GETSTRUCT is the cached row, which is read before its release. The names are
+        // fresh C strings.
+        unsafe {
+            let cache = pg_sys::SysCacheIdentifier::OPEROID as c_int;
+            let tuple = pg_sys::SearchSysCache1(cache, pg_sys::Datum::from(operator));
+            if tuple.is_null() {
+                return None;
+            }
+            let row = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_operator>();
+            let namespace = (*row).oprnamespace;
+            let name = (*row).oprname;
+            pg_sys::ReleaseSysCache(tuple);
+            let schema = pg_sys::quote_identifier(pg_sys::get_namespace_name(namespace));
+            let schema = text::c_string(schema);
+            let polymorphic = pg_sys::get_typtype(type_oid) as u8 == pg_sys::TYPTYPE_PSEUDO;
+            let cast = if namespace == pg_catalog || polymorphic {
+                String::new()
+            } else {
+                format!("::{}", types::qualified_name(type_oid))
+            };
+            let name = text::c_string(name.data.as_ptr());
+            Some(KeyColumn {
+                attnum,
+                operator: format!("{schema}.{name}"),
+                cast,
+            })
         }
     }
 }

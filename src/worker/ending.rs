@@ -29,47 +29,25 @@ pub struct Candidate {
     pub destroy: bool,
 }
 
-/// Why a slot may not go.
-pub struct Obstacle {
-    /// In words.
-    pub why: String,
-    /// Whether it took a scan to find out.
-    pub scanned: bool,
-    /// Whether registered columns hold values of it again.
-    pub found: bool,
-}
-
-impl Obstacle {
-    fn new(why: String, scanned: bool) -> Obstacle {
-        Obstacle {
-            why,
-            scanned,
-            found: false,
-        }
-    }
-}
-
 /// Whether each of these may go now; None for yes, else why not. Makes the second scan, one for
 /// all: transactions older than the first one may have copied what they saw.
 pub fn may_go(
     candidates: &[Candidate],
     leaves: &[Leaf],
     ratio: Option<f64>,
-) -> Result<Vec<Option<Obstacle>>> {
+) -> Result<Vec<Option<String>>> {
     let mut answers = Vec::new();
     for candidate in candidates {
-        let why = before_the_scan(candidate.slot.id, leaves)?;
-        answers.push(why.map(|why| Obstacle::new(why, false)));
+        answers.push(before_the_scan(candidate.slot.id, leaves)?);
     }
-    let free = |answers: &[Option<Obstacle>]| -> Vec<SlotRow> {
+    let free = |answers: &[Option<String>]| -> Vec<SlotRow> {
         let pairs = candidates.iter().zip(answers);
         let free = pairs.filter(|(_, answer)| answer.is_none());
         free.map(|(candidate, _)| candidate.slot.clone()).collect()
     };
-    let refuse = |answers: &mut [Option<Obstacle>], why: String, scanned: bool| {
+    let refuse = |answers: &mut [Option<String>], why: &str| {
         for answer in answers.iter_mut() {
-            let why = why.clone();
-            answer.get_or_insert_with(|| Obstacle::new(why, scanned));
+            answer.get_or_insert_with(|| why.to_string());
         }
     };
     if free(&answers).is_empty() {
@@ -77,7 +55,7 @@ pub fn may_go(
     }
     if let Some(who) = writers_ended()? {
         let why = format!("older transactions have written and not ended: {who}");
-        refuse(&mut answers, why, false);
+        refuse(&mut answers, &why);
         return Ok(answers);
     }
     match proof::prove(leaves, &free(&answers), ratio)? {
@@ -90,30 +68,22 @@ pub fn may_go(
             let why = format!("values are sealed under it again in {}", places.join(", "));
             for (candidate, answer) in candidates.iter().zip(&mut answers) {
                 if named.contains(&candidate.slot.id) {
-                    let why = why.clone();
-                    answer.get_or_insert_with(|| Obstacle {
-                        found: true,
-                        ..Obstacle::new(why, true)
-                    });
+                    answer.get_or_insert_with(|| why.clone());
                 }
             }
         }
-        Verdict::Changed(table) => {
-            refuse(&mut answers, format!("{table} changed meanwhile"), false);
-        }
-        Verdict::Unfinished(why) | Verdict::TooOld(why) => refuse(&mut answers, why, true),
+        Verdict::Changed(table) => refuse(&mut answers, &format!("{table} changed meanwhile")),
+        Verdict::Unfinished(why) | Verdict::TooOld(why) => refuse(&mut answers, &why),
     }
     failpoint::reach("end.scanned")?;
-    let open = |(candidate, answer): (&Candidate, &Option<Obstacle>)| {
-        candidate.destroy && answer.is_none()
-    };
+    let open =
+        |(candidate, answer): (&Candidate, &Option<String>)| candidate.destroy && answer.is_none();
     if candidates.iter().zip(&answers).any(open) {
         let elsewhere = elsewhere::all()?;
         for (candidate, answer) in candidates.iter().zip(&mut answers) {
             if candidate.destroy && answer.is_none() {
                 let places = elsewhere::of_slot(&elsewhere, candidate.slot.id);
-                let words = |places| format!("unregistered columns hold values of it: {places}");
-                *answer = places.map(|places| Obstacle::new(words(places), true));
+                *answer = places.map(|p| format!("unregistered columns hold values of it: {p}"));
             }
         }
     }
@@ -150,17 +120,14 @@ impl Quarantine {
                 slots.extend(stale::slot_of(&head));
             }
         }
-        let mut unknown = slots
+        let unknown = slots
             .iter()
             .any(|slot| known.standing(*slot) == Standing::Unknown);
-        for leaf in leaves {
-            unknown = unknown || work::has_unlisted(leaf.table)?;
-        }
         Ok(Quarantine { slots, unknown })
     }
 
-    /// Whether a row stands in the way of a slot's proof: one that names it, one that names no slot
-    /// of this database, whose header may have been altered, or one that the list has no room for.
+    /// Whether a row stands in the way of a slot's proof: one that names it, or one that names no
+    /// slot of this database, whose header may have been altered.
     pub fn holds(&self, slot: SlotId) -> bool {
         self.unknown || self.slots.contains(&slot)
     }

@@ -125,12 +125,34 @@ pub fn role(name: &str) -> Option<pg_sys::Oid> {
 /// Takes RowExclusiveLock on `table` for the whole top-level transaction: a savepoint rollback
 /// does not release it. A lock also makes the session accept pending invalidations.
 pub fn lock_for_top_transaction(table: pg_sys::Oid) {
+    // SAFETY: the owner of the locks is that of a transaction that is open.
+    as_top_transaction(|| unsafe {
+        pg_sys::LockRelationOid(table, pg_sys::RowExclusiveLock as i32);
+    });
+}
+
+/// Keeps the transaction id that stands in rows written now locked until the top-level transaction
+/// has ended for everyone. Of itself the id of a subtransaction is unlocked when its savepoint is
+/// released, long before the commit; who waits for it would wait for nothing. Whoever waits already
+/// when the savepoint is rolled back waits for the end of the whole transaction too.
+pub fn keep_xid_locked() {
+    // SAFETY: a second hold on a lock that this very subtransaction has, or takes with its id: it
+    // does not wait, and CommitSubTransaction gives back the first hold only
+    // (src/backend/access/transam/xact.c). A prepared transaction takes it along.
+    unsafe {
+        let xid = pg_sys::GetCurrentTransactionId();
+        as_top_transaction(|| pg_sys::XactLockTableInsert(xid));
+    }
+}
+
+/// Charges the locks that `lock` takes to the top-level transaction.
+fn as_top_transaction(lock: impl FnOnce()) {
     // SAFETY: TopTransactionResourceOwner exists in every transaction. The owner is put back
     // before an error goes on, so that nothing else is charged to it.
     unsafe {
         let _owner = ResourceOwner(pg_sys::CurrentResourceOwner);
         pg_sys::CurrentResourceOwner = pg_sys::TopTransactionResourceOwner;
-        pg_sys::LockRelationOid(table, pg_sys::RowExclusiveLock as i32);
+        lock();
     }
 }
 

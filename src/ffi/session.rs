@@ -28,12 +28,6 @@ pub fn statement() -> i64 {
     unsafe { GetCurrentStatementStartTimestamp() }
 }
 
-/// When the current top-level transaction began, as a timestamptz datum.
-pub fn transaction_start() -> i64 {
-    // SAFETY: returns a static.
-    unsafe { pg_sys::GetCurrentTransactionStartTimestamp() }
-}
-
 /// Hears of what other sessions have committed: what is asked of the cache behind it is not older
 /// than any snapshot that was taken before it. Any lock does the same, and as little when there is
 /// no news.
@@ -56,6 +50,18 @@ pub fn local_transaction() -> u32 {
     unsafe {
         (*pg_sys::MyProc).vxid.lxid
     }
+}
+
+/// The id of the current transaction or subtransaction, which rows written now bear.
+pub fn xid() -> pg_sys::TransactionId {
+    // SAFETY: in a transaction that may write; assigns the id when there is none yet.
+    unsafe { pg_sys::GetCurrentTransactionId() }
+}
+
+/// Whether an id is that of the current transaction, or of a part of it that is not rolled back.
+pub fn is_own(xid: pg_sys::TransactionId) -> bool {
+    // SAFETY: looks into the state of the own transaction.
+    unsafe { pg_sys::TransactionIdIsCurrentTransactionId(xid) }
 }
 
 /// This process.
@@ -140,7 +146,7 @@ pub fn keep_xid_locked() {
     // does not wait, and CommitSubTransaction gives back the first hold only
     // (src/backend/access/transam/xact.c). A prepared transaction takes it along.
     unsafe {
-        let xid = pg_sys::GetCurrentTransactionId();
+        let xid = xid();
         as_top_transaction(|| pg_sys::XactLockTableInsert(xid));
     }
 }

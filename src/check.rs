@@ -17,6 +17,7 @@ use crate::ffi::text::{quoted_identifier, quoted_literal};
 use crate::ffi::{background, relation, session, shared};
 use crate::registry;
 use crate::root_key;
+use crate::stale::Holds;
 use crate::worker::elsewhere::{self, Sampled};
 use crate::{catalog, guc};
 
@@ -391,6 +392,28 @@ fn of_registered(sample: &Sampled) -> Result<Vec<Finding>> {
     let mut say = |severity, finding: String, remedy: String| {
         found.push(Finding::new(severity, object.clone(), finding, remedy));
     };
+    if sample.misplaced > 0 {
+        let (is, belongs) = if sample.fingerprints {
+            (Holds::Envelopes, Holds::Fingerprints)
+        } else {
+            (Holds::Fingerprints, Holds::Envelopes)
+        };
+        say(
+            Severity::Error,
+            format!(
+                "{} {of} are {}, and the column is registered for {}: no slot that they name can be \
+                 proved unused",
+                sample.misplaced,
+                is.name(),
+                belongs.name()
+            ),
+            format!(
+                "SELECT rekey.unregister_column({}, {}) -- then register it for what it holds",
+                quoted_literal(&table),
+                quoted_literal(&sample.column)
+            ),
+        );
+    }
     if sample.plain > 0 && sample.fingerprints {
         say(
             Severity::Error,

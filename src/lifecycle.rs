@@ -4,6 +4,9 @@
 //! the other, then reads the slots under a snapshot taken after the lock. A new slot is wrapped
 //! and unwrapped again before anything is written: a missing or wrong root key is found first.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
+
 use pgrx::pg_sys;
 use rekey_core::cipher::{Dek, RootId};
 use rekey_core::envelope::SlotId;
@@ -16,6 +19,46 @@ use crate::catalog::write::{self, Audit};
 use crate::error::{Error, Result};
 use crate::ffi::{session, text};
 use crate::{failpoint, root_key, standbys};
+
+/// The slots that this top-level transaction has superseded first, by key.
+#[derive(Default)]
+struct FirstSuperseded {
+    transaction: (i32, u32),
+    of_key: HashMap<String, (pg_sys::TransactionId, SlotId)>,
+}
+
+thread_local! {
+    static FIRST_SUPERSEDED: RefCell<FirstSuperseded> = RefCell::default();
+}
+
+/// Notes an active slot that this transaction supersedes now. Counts until the savepoint around it
+/// is rolled back: from then on somebody else may rotate the key.
+fn note_superseded(active: &SlotRow) {
+    let transaction = (session::process(), session::local_transaction());
+    FIRST_SUPERSEDED.with_borrow_mut(|first| {
+        if first.transaction != transaction {
+            *first = FirstSuperseded {
+                transaction,
+                of_key: HashMap::new(),
+            };
+        }
+        let known = first.of_key.get(&active.key_name);
+        if known.is_none_or(|(by, _)| !session::is_own(*by)) {
+            let noted = (session::xid(), active.id);
+            first.of_key.insert(active.key_name.clone(), noted);
+        }
+    });
+}
+
+/// The slot of a key that was active before this top-level transaction superseded it. None: it has
+/// superseded none.
+pub fn active_before(key: &str) -> Option<SlotId> {
+    let transaction = (session::process(), session::local_transaction());
+    FIRST_SUPERSEDED.with_borrow(|first| {
+        let (by, slot) = first.of_key.get(key)?;
+        (first.transaction == transaction && session::is_own(*by)).then_some(*slot)
+    })
+}
 
 /// A slot that exists in memory only: made, wrapped and unwrapped again.
 struct NewSlot {
@@ -259,6 +302,7 @@ pub fn rotate(key: &str, reason: &str) -> Result<SlotId> {
     // Made before anything is written: a missing root key leaves everything as it was.
     let fresh = NewSlot::make(key)?;
     if let Some(active) = in_state(&slots, SlotState::Active) {
+        note_superseded(active);
         write::transition(active, SlotState::Previous, "rotate_key", "")?;
     }
     failpoint::reach("rotate.superseded")?;
@@ -298,6 +342,7 @@ pub fn rotate_older(
         .iter()
         .map(|slot| NewSlot::make_under(&roots, &slot.key_name))
         .collect::<Result<Vec<_>>>()?;
+    superseded.iter().for_each(note_superseded);
     write::supersede(&superseded, "rotate_keys")?;
     let keys = superseded.iter().map(|slot| slot.key_name.as_str());
     let named: Vec<(&str, &NewSlot)> = keys.zip(&fresh).collect();
@@ -345,6 +390,7 @@ pub fn promote(key: &str, wait: Option<pg_sys::Datum>) -> Result<SlotId> {
 fn activate(slots: &[SlotRow], next: &SlotRow, action: &str, reason: &str) -> Result<SlotId> {
     unwrap(next)?;
     if let Some(active) = in_state(slots, SlotState::Active) {
+        note_superseded(active);
         write::transition(active, SlotState::Previous, action, "")?;
     }
     write::transition(next, SlotState::Active, action, reason)?;

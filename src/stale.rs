@@ -163,7 +163,7 @@ pub fn judge(slot: SlotId) -> Result<Judgement> {
 }
 
 /// What a column stores that names slots.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Holds {
     /// Sealed values.
     Envelopes,
@@ -182,6 +182,26 @@ impl Holds {
         }
     }
 
+    /// What a datum of such a column is, and the slot that it names: what belongs there, or what
+    /// was registered or stored as the other kind by mistake, which names a slot all the same.
+    #[inline]
+    pub fn found(self, datum: pg_sys::Datum) -> Option<(Holds, SlotId)> {
+        let other = match self {
+            Holds::Envelopes => Holds::Fingerprints,
+            Holds::Fingerprints => Holds::Envelopes,
+        };
+        let as_kind = |kind: Holds| kind.slot(datum).map(|slot| (kind, slot));
+        as_kind(self).or_else(|| as_kind(other))
+    }
+
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Holds::Envelopes => "envelopes",
+            Holds::Fingerprints => "fingerprints",
+        }
+    }
+
     /// The head of a datum that names a slot.
     pub fn head(self, datum: pg_sys::Datum) -> Option<Head> {
         self.slot(datum)?;
@@ -193,15 +213,21 @@ impl Holds {
 }
 
 /// Header and nonce of an envelope: they tell it from every other one. Of a fingerprint as many
-/// bytes: they tell it from those of other values.
+/// bytes: they tell it from those of other values, not from that of another row with this value.
 pub type Head = [u8; CIPHERTEXT_AT];
 
-/// The slot that a head names. A fingerprint begins with it, and an envelope with a byte that no
-/// slot id begins with.
+/// Whether a head is that of a fingerprint. It begins with its slot id, and an envelope with a byte
+/// that no slot id begins with.
+pub fn is_of_fingerprint(head: &Head) -> bool {
+    Header::parse(head).is_err()
+}
+
+/// The slot that a head names.
 pub fn slot_of(head: &Head) -> Option<SlotId> {
-    let fingerprint = || SlotId::new(u64::from_be_bytes(*head.first_chunk()?));
-    let envelope = Header::parse(head).ok().map(|header| header.slot);
-    envelope.or_else(fingerprint)
+    if is_of_fingerprint(head) {
+        return SlotId::new(u64::from_be_bytes(*head.first_chunk()?));
+    }
+    Header::parse(head).ok().map(|header| header.slot)
 }
 
 /// The header of a datum that is long enough to be an envelope, without its body.

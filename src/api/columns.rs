@@ -78,7 +78,7 @@ impl Drop for Locked {
 }
 
 /// Checks one leaf, or the root of a partitioned table, and gives the column's number there.
-fn check(oid: Oid, column: &str, context: &str, fire_triggers: bool) -> Result<i16> {
+fn check(oid: Oid, column: &str, context: &str, fire_triggers: bool, holds: Holds) -> Result<i16> {
     let name = table::name(oid)?;
     let locked = Locked::lock(oid)?;
     if let Some((what, detail)) = relation::wrong_kind(locked.0) {
@@ -118,6 +118,20 @@ fn check(oid: Oid, column: &str, context: &str, fire_triggers: bool) -> Result<i
             format!("column \"{column}\" of {name} is registered with another context"),
             "A partition and the table above it must agree on the context of a column.",
             "Unregister the other one, or pass its context: rekey.columns shows it.",
+        ));
+    }
+    let other = known
+        .iter()
+        .find(|c| c.attnum == attnum && c.holds() != holds);
+    if let Some(other) = other {
+        return Err(object(
+            Code::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            format!(
+                "column \"{column}\" of {name} is registered for {}",
+                other.holds().name()
+            ),
+            "A partition and the table above it must agree on what a column holds.",
+            "Unregister the other one, or register this one as that: rekey.columns shows it.",
         ));
     }
     let mut sealed = vec![attnum];
@@ -180,11 +194,12 @@ pub(super) fn register(
     {
         return Err(again());
     }
-    let attnum = check(oid, column, context, fire_triggers)?;
+    let holds = fingerprint.map_or(Holds::Envelopes, |_| Holds::Fingerprints);
+    let attnum = check(oid, column, context, fire_triggers, holds)?;
     own(oid)?;
     for leaf in relation::leaves(oid) {
         if leaf != oid {
-            check(leaf, column, context, fire_triggers)?;
+            check(leaf, column, context, fire_triggers, holds)?;
         }
     }
     let user = session::role_name(session::current_user());
@@ -548,6 +563,18 @@ fn dismiss_quarantine(fcinfo: FunctionCallInfo) -> Reply {
             ));
         };
         own(oid)?;
+        if work::quarantines_fingerprint(id)? {
+            return Err(Error::State(
+                format!("quarantine entry {id} is about a fingerprint"),
+                "Another row with the same value has the same fingerprint: a dismissal would excuse \
+                 it too, and a search would miss it once the slot is gone."
+                    .to_string(),
+                "Store the fingerprint of the row's value, or NULL, then \
+                 SELECT rekey.retry_quarantine(). A value beside it that does not open can be \
+                 dismissed after that."
+                    .to_string(),
+            ));
+        }
         let by = session::role_name(session::current_user());
         work::dismiss(id, &by, &reason)?;
         Audit::act(

@@ -7,8 +7,8 @@ use pgrx::prelude::*;
 use crate::catalog::guard;
 use crate::error::Error;
 use crate::ffi::call::{Reply, reply};
-use crate::ffi::hooks;
 use crate::ffi::trigger::TriggerCall;
+use crate::ffi::{hooks, session};
 
 #[pg_extern(sql = false)]
 fn refuse_direct_change(fcinfo: FunctionCallInfo) -> Reply {
@@ -24,6 +24,10 @@ fn announce_change(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
         let trigger = TriggerCall::of(&call).ok_or_else(not_a_trigger)?;
         hooks::announce(trigger.table());
+        // For `locks::wait_for_end`, whatever writes the row.
+        if trigger.table_name() == "key_slot" {
+            session::keep_xid_locked();
+        }
         // Restores and logical apply come this way too. Grants and wraps are no work.
         if matches!(trigger.table_name().as_str(), "key" | "key_slot") {
             hooks::wake_on_commit();

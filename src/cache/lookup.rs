@@ -288,8 +288,8 @@ fn storing_slot(rows: &[SlotRow]) -> usize {
     if active.is_none_or(|row| !row.made_here) {
         return 0;
     }
-    let began = session::transaction_start();
-    let known_to_all =
-        |row: &SlotRow| !row.compromised && row.activated_at.is_some_and(|at| at < began);
+    // No other will do: an older one may be drained, and gone before this transaction commits.
+    let before = active.and_then(|row| lifecycle::active_before(&row.key_name));
+    let known_to_all = |row: &SlotRow| !row.compromised && Some(row.id) == before;
     rows.iter().position(known_to_all).unwrap_or(0)
 }

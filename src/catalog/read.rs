@@ -45,8 +45,6 @@ pub struct SlotRow {
     pub created_at: i64,
     /// When it was disabled or destroyed, as a timestamptz datum.
     pub closed_at: Option<i64>,
-    /// When it last became active, as a timestamptz datum.
-    pub activated_at: Option<i64>,
     /// When a rotation took its place, as a timestamptz datum.
     pub superseded_at: Option<i64>,
     /// Whether it was reported compromised.
@@ -418,7 +416,6 @@ fn slot_row(row: &Row<'_>) -> Result<SlotRow> {
         check_value: row.bytes(5),
         created_at: row.i64(6),
         closed_at: timestamp(11).or_else(|| timestamp(10)),
-        activated_at: timestamp(7),
         superseded_at: timestamp(8),
         compromised: row.datum(12).is_some(),
         proved: row.datum(14).is_some(),

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::ffi::session;
 use crate::ffi::sql::{Arg, bigint, look, rows, run, text};
 use crate::ffi::table::Tid;
-use crate::stale::Head;
+use crate::stale::{self, Head};
 
 /// A pass over one table.
 pub struct Pass {
@@ -249,6 +249,13 @@ pub fn quarantined_table(id: i64) -> Result<Option<Oid>> {
         .map(Oid::from_u32))
 }
 
+/// Whether an entry is about a fingerprint, perhaps among others.
+pub fn quarantines_fingerprint(id: i64) -> Result<bool> {
+    Ok(heads_where("quarantine_id = $1", &[Arg::Bigint(id)])?
+        .iter()
+        .any(stale::is_of_fingerprint))
+}
+
 /// Decides to do without the value of a row.
 pub fn dismiss(id: i64, by: &str, reason: &str) -> Result<()> {
     run(
@@ -356,12 +363,16 @@ pub fn forget_places(table: Oid) -> Result<()> {
 
 /// The envelopes of a table that are under quarantine, or that somebody has decided to do without.
 pub fn heads(table: Oid, dismissed: bool) -> Result<HashSet<Head>> {
-    let found = rows(
+    let of = "table_name = $1::oid::regclass AND (dismissed_at IS NOT NULL) = $2";
+    heads_where(of, &[Arg::Oid(table), Arg::Bool(Some(dismissed))])
+}
+
+fn heads_where(condition: &str, arguments: &[Arg<'_>]) -> Result<HashSet<Head>> {
+    let sql = format!(
         "SELECT encode(substr(heads, 1 + 34 * i, 34), 'hex') FROM rekey.quarantine, \
-                generate_series(0, octet_length(heads) / 34 - 1) AS i \
-          WHERE table_name = $1::oid::regclass AND (dismissed_at IS NOT NULL) = $2",
-        &[Arg::Oid(table), Arg::Bool(Some(dismissed))],
-    )?;
+                generate_series(0, octet_length(heads) / 34 - 1) AS i WHERE {condition}"
+    );
+    let found = rows(&sql, arguments)?;
     let head = |row: &Vec<Option<String>>| {
         let hex = row[0].as_deref()?;
         let byte = |at: usize| u8::from_str_radix(hex.get(at * 2..at * 2 + 2)?, 16).ok();

@@ -64,7 +64,10 @@ pub fn holders(table: pg_sys::Oid) -> Vec<Holder> {
     holders
 }
 
-/// Waits until a transaction has ended for everyone: until its invalidations are sent.
+/// Waits until the transaction that has written a row of rekey.key_slot has ended for everyone:
+/// until its invalidations are sent. In CommitTransaction (src/backend/access/transam/xact.c) the
+/// row becomes visible first, then the invalidations go out, then the locks are given back. Where
+/// `xid` is that of a subtransaction, `session::keep_xid_locked` keeps its lock as long.
 pub fn wait_for_end(xid: pg_sys::TransactionId) {
     // SAFETY: waits for the transaction's own lock; one that ended long ago has none.
     unsafe {

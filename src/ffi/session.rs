@@ -28,12 +28,6 @@ pub fn statement() -> i64 {
     unsafe { GetCurrentStatementStartTimestamp() }
 }
 
-/// When the current top-level transaction began, as a timestamptz datum.
-pub fn transaction_start() -> i64 {
-    // SAFETY: returns a static.
-    unsafe { pg_sys::GetCurrentTransactionStartTimestamp() }
-}
-
 /// Hears of what other sessions have committed: what is asked of the cache behind it is not older
 /// than any snapshot that was taken before it. Any lock does the same, and as little when there is
 /// no news.
@@ -56,6 +50,18 @@ pub fn local_transaction() -> u32 {
     unsafe {
         (*pg_sys::MyProc).vxid.lxid
     }
+}
+
+/// The id of the current transaction or subtransaction, which rows written now bear.
+pub fn xid() -> pg_sys::TransactionId {
+    // SAFETY: in a transaction that may write; assigns the id when there is none yet.
+    unsafe { pg_sys::GetCurrentTransactionId() }
+}
+
+/// Whether an id is that of the current transaction, or of a part of it that is not rolled back.
+pub fn is_own(xid: pg_sys::TransactionId) -> bool {
+    // SAFETY: looks into the state of the own transaction.
+    unsafe { pg_sys::TransactionIdIsCurrentTransactionId(xid) }
 }
 
 /// This process.
@@ -125,12 +131,34 @@ pub fn role(name: &str) -> Option<pg_sys::Oid> {
 /// Takes RowExclusiveLock on `table` for the whole top-level transaction: a savepoint rollback
 /// does not release it. A lock also makes the session accept pending invalidations.
 pub fn lock_for_top_transaction(table: pg_sys::Oid) {
+    // SAFETY: the owner of the locks is that of a transaction that is open.
+    as_top_transaction(|| unsafe {
+        pg_sys::LockRelationOid(table, pg_sys::RowExclusiveLock as i32);
+    });
+}
+
+/// Keeps the transaction id that stands in rows written now locked until the top-level transaction
+/// has ended for everyone. Of itself the id of a subtransaction is unlocked when its savepoint is
+/// released, long before the commit; who waits for it would wait for nothing. Whoever waits already
+/// when the savepoint is rolled back waits for the end of the whole transaction too.
+pub fn keep_xid_locked() {
+    // SAFETY: a second hold on a lock that this very subtransaction has, or takes with its id: it
+    // does not wait, and CommitSubTransaction gives back the first hold only
+    // (src/backend/access/transam/xact.c). A prepared transaction takes it along.
+    unsafe {
+        let xid = xid();
+        as_top_transaction(|| pg_sys::XactLockTableInsert(xid));
+    }
+}
+
+/// Charges the locks that `lock` takes to the top-level transaction.
+fn as_top_transaction(lock: impl FnOnce()) {
     // SAFETY: TopTransactionResourceOwner exists in every transaction. The owner is put back
     // before an error goes on, so that nothing else is charged to it.
     unsafe {
         let _owner = ResourceOwner(pg_sys::CurrentResourceOwner);
         pg_sys::CurrentResourceOwner = pg_sys::TopTransactionResourceOwner;
-        pg_sys::LockRelationOid(table, pg_sys::RowExclusiveLock as i32);
+        lock();
     }
 }
 

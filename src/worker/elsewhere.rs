@@ -81,9 +81,8 @@ fn number(cell: &Option<String>) -> Option<u32> {
 }
 
 /// The slot that an envelope or a fingerprint names.
-fn named(datum: pg_sys::Datum) -> Option<SlotId> {
-    let kinds = [Holds::Envelopes, Holds::Fingerprints];
-    kinds.into_iter().find_map(|kind| kind.slot(datum))
+pub(super) fn named(datum: pg_sys::Datum) -> Option<SlotId> {
+    Holds::Envelopes.found(datum).map(|(_, slot)| slot)
 }
 
 /// Every place that is not registered and holds envelopes of slots of this database.
@@ -177,6 +176,8 @@ pub struct Sampled {
     pub values: i64,
     /// Of these: what is no envelope, or no fingerprint.
     pub plain: i64,
+    /// Of these: what is of the other kind than the column, under a slot of this database.
+    pub misplaced: i64,
     /// Envelopes of slots that are not in this database.
     pub unknown: i64,
     /// Envelopes of slots that are disabled or destroyed.
@@ -245,6 +246,7 @@ fn sample(columns: Vec<(Column, String, Option<Holds>)>) -> Result<(Vec<Sampled>
             fingerprints: kind == Some(Holds::Fingerprints),
             values: 0,
             plain: 0,
+            misplaced: 0,
             unknown: 0,
             closed: 0,
             bound: 0,
@@ -258,6 +260,12 @@ fn sample(columns: Vec<(Column, String, Option<Holds>)>) -> Result<(Vec<Sampled>
                 |_, values| {
                     if let Some(datum) = values[0] {
                         let slot = kind.map_or_else(|| named(datum), |kind| kind.slot(datum));
+                        let other = |slot| slots.standing(slot) != Standing::Unknown;
+                        if slot.is_none() && named(datum).is_some_and(other) {
+                            seen.values += 1;
+                            seen.misplaced += 1;
+                            return true;
+                        }
                         let header = stale::header(datum).filter(|_| !seen.fingerprints);
                         seen.count(slot, header.is_some_and(|h| h.context_bound), &slots);
                     }

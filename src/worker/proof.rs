@@ -4,7 +4,7 @@
 //! tables' files, columns and leaves are recorded first and looked at again with every chunk:
 //! TRUNCATE and rewrites are not MVCC-safe, so that a scan across one would prove nothing. Between
 //! chunks no lock is held. Invariant: `Clean` means that the snapshot sees no envelope or
-//! fingerprint of the slots in any registered column, but for dismissed rows.
+//! fingerprint of the slots in any registered column, but for dismissed envelopes.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -14,6 +14,7 @@ use rekey_core::envelope::SlotId;
 use rekey_core::schedule;
 use serde_json::{Value, json};
 
+use super::rewrite;
 use crate::catalog::read::SlotRow;
 use crate::catalog::work;
 use crate::error::{Error, Result};
@@ -197,12 +198,14 @@ impl Scan {
                     let mut stale = false;
                     for (value, kind) in values.iter().zip(&kinds) {
                         let Some(datum) = *value else { continue };
-                        let slot = kind.slot(datum);
-                        let Some(slot) = slot.filter(|slot| self.wanted.contains_key(slot)) else {
+                        // Of the other kind it is no less in need of its slot.
+                        let found = kind.found(datum);
+                        let Some((is, slot)) =
+                            found.filter(|(_, slot)| self.wanted.contains_key(slot))
+                        else {
                             continue;
                         };
-                        let excused = !dismissed.is_empty()
-                            && kind.head(datum).is_some_and(|h| dismissed.contains(&h));
+                        let excused = rewrite::excused(&dismissed, is, datum);
                         if !excused {
                             stale = true;
                             self.named.insert(slot);
@@ -262,7 +265,8 @@ fn has_columns(table: &Table, leaf: &Leaf) -> bool {
 
 fn same(now: &[Leaf], then: &[Leaf]) -> bool {
     let shape = |leaf: &Leaf| {
-        let columns = leaf.columns.iter().map(|c| (c.attnum, c.name.clone()));
+        let columns = leaf.columns.iter();
+        let columns = columns.map(|c| (c.attnum, c.name.clone(), c.holds()));
         (leaf.table, columns.collect::<Vec<_>>())
     };
     let shapes = |leaves: &[Leaf]| leaves.iter().map(shape).collect::<HashSet<_>>();

@@ -319,10 +319,11 @@ impl Stale<'_> {
             .scan(&snapshot, block, self.columns, |tid, values| {
                 if tid == place {
                     for (value, kind) in values.iter().zip(&self.kinds) {
-                        let concerned =
-                            |datum| concerned(&slots, &self.dismissed, *kind, datum).map(|_| datum);
-                        let found = value.and_then(concerned);
-                        heads.extend(found.and_then(|datum| kind.head(datum)));
+                        let head = |datum| {
+                            let (is, _) = concerned(&slots, &self.dismissed, *kind, datum)?;
+                            is.head(datum)
+                        };
+                        heads.extend(value.and_then(head));
                     }
                 }
                 tid <= place
@@ -343,7 +344,7 @@ impl Stale<'_> {
         for at in 0..values.len() {
             let Some(datum) = values[at] else { continue };
             let kind = self.kinds[at];
-            let Some(slot) = concerned(&slots, &self.dismissed, kind, datum) else {
+            let Some((is, slot)) = concerned(&slots, &self.dismissed, kind, datum) else {
                 continue;
             };
             let context = |at: usize| match &self.contexts[at] {
@@ -351,6 +352,7 @@ impl Stale<'_> {
                 None => Ok(Vec::new()),
             };
             let fresh = match &self.refreshers[at] {
+                Some(_) if is != kind => Err(Error::Fingerprint),
                 Some(refresher) => refresher.renew(datum, &values, context, &context(at)?),
                 None if stale::header(datum).is_some_and(|header| header.context_bound) => {
                     cache::reencrypt(text::detoasted(datum), &context(at)?)
@@ -360,14 +362,14 @@ impl Stale<'_> {
             match fresh {
                 Ok(Some(fresh)) => {
                     changes.push((self.leaf.columns[at].attnum, fresh));
-                    bad.changing.extend(kind.head(datum));
+                    bad.changing.extend(is.head(datum));
                 }
                 Ok(None) => {}
                 Err(error @ (Error::RootKey(..) | Error::Random | Error::NoCatalog)) => {
                     return Err(error);
                 }
                 Err(error) => {
-                    bad.add(slot, Caught(error.code()).sqlstate(), kind.head(datum));
+                    bad.add(slot, Caught(error.code()).sqlstate(), is.head(datum));
                 }
             }
         }
@@ -375,25 +377,31 @@ impl Stale<'_> {
     }
 }
 
-/// The slot of what is to be re-encrypted or made again, or cannot be; None for everything else,
-/// and for envelopes that somebody has decided to do without. A fingerprint is tried all the same:
-/// another row may have the same one, beside a value that opens.
+/// The kind and the slot of what is to be re-encrypted or made again, or cannot be; None for
+/// everything else, and for what somebody has decided to do without. What is of the other kind than
+/// its column goes to quarantine, if its slot is one of ours: any 40 bytes look like a fingerprint.
 fn concerned(
     slots: &Slots,
     dismissed: &HashSet<Head>,
     kind: Holds,
     datum: pg_sys::Datum,
-) -> Option<SlotId> {
-    let slot = kind.slot(datum)?;
-    if slots.standing(slot) == Standing::Current {
-        return None;
+) -> Option<(Holds, SlotId)> {
+    let (is, slot) = kind.found(datum)?;
+    match slots.standing(slot) {
+        Standing::Current => return None,
+        Standing::Unknown if is != kind => return None,
+        Standing::Stale | Standing::Closed | Standing::Unknown => {}
     }
-    let excused = kind == Holds::Envelopes
+    (!excused(dismissed, is, datum)).then_some((is, slot))
+}
+
+/// Whether somebody has decided to do without an envelope. Never of a fingerprint: each row with
+/// the same value has the same one, so that one dismissal would excuse them all, and a search would
+/// miss them once the slot is gone.
+pub fn excused(dismissed: &HashSet<Head>, is: Holds, datum: pg_sys::Datum) -> bool {
+    is == Holds::Envelopes
         && !dismissed.is_empty()
-        && kind
-            .head(datum)
-            .is_some_and(|head| dismissed.contains(&head));
-    (!excused).then_some(slot)
+        && is.head(datum).is_some_and(|head| dismissed.contains(&head))
 }
 
 /// What is wrong with one row: one entry, whatever the number of its columns.

@@ -223,3 +223,33 @@ fn a_thousand_keys_take_one_lock() {
     assert_eq!(held(&mut client), HELD);
     client.run("COMMIT");
 }
+
+#[test]
+fn the_id_that_a_rotation_in_a_savepoint_writes_stays_locked_to_the_end_of_the_transaction() {
+    // Who reads the new slot waits for this lock before he stores under it: until then sessions
+    // that have not heard of the slot would miss what is stored.
+    let database = database(cluster(), "writer_locked");
+    let mut client = database.connect();
+    let locked = "SELECT count(*) FROM rekey.key_slot s JOIN pg_locks l \
+                      ON l.locktype = 'transactionid' AND l.transactionid = s.xmin \
+                     AND l.mode = 'ExclusiveLock' AND l.granted";
+    client.run("BEGIN; SAVEPOINT a; SAVEPOINT b; SELECT rotate_key('pii'); RELEASE b");
+    assert!(client.truth("SELECT bool_and(xmin <> pg_current_xact_id()::xid) FROM rekey.key_slot"));
+    assert_eq!(client.number(locked), 2, "the old slot and the new one");
+    client.run("RELEASE a");
+    assert_eq!(client.number(locked), 2);
+    let sub = client.text("SELECT max(xmin::text) FROM rekey.key_slot");
+    let mut other = database.connect();
+    let held = format!(
+        "SELECT count(*) FROM pg_locks WHERE transactionid = '{sub}' AND mode = 'ExclusiveLock'"
+    );
+    assert_eq!(other.number(&held), 1);
+    client.run("COMMIT");
+    assert_eq!(other.number(&held), 0);
+    // As plpgsql and JDBC do it.
+    client.run(
+        "BEGIN; DO $$ BEGIN PERFORM rotate_key('pii'); EXCEPTION WHEN OTHERS THEN RAISE; END $$",
+    );
+    assert_eq!(client.number(locked), 2);
+    client.run("ROLLBACK");
+}

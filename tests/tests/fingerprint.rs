@@ -358,6 +358,42 @@ fn a_transaction_that_rotates_stores_under_the_slot_that_everybody_knows() {
     client.refuse("SELECT fingerprint_col('x', 'fresh')", "42704");
 }
 
+#[test]
+fn a_transaction_that_rotates_stores_under_no_slot_but_the_one_that_was_active_before_it() {
+    let database = database("not_older");
+    let mut client = database.connect();
+    let active = "SELECT active_slot FROM rekey.keys WHERE purpose = 'lookup'";
+    let stores_under = "SELECT rekey.fingerprint_slot_id(fingerprint_col('x', 'email_lookup'))";
+    let compromise = "SELECT rekey.mark_compromised(active_slot, 'leaked') FROM rekey.keys \
+                       WHERE purpose = 'lookup'";
+    client.run("SELECT rotate_key('email_lookup')");
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    // The slot before is compromised: the new one stores, and not one that was drained long ago.
+    client.run("BEGIN");
+    client.run(compromise);
+    let fresh = client.number(active);
+    assert_eq!(client.number(stores_under), fresh);
+    client.run("ROLLBACK");
+    // What others have rotated since this transaction began counts.
+    client.run("BEGIN; SELECT 1");
+    database.connect().run("SELECT rotate_key('email_lookup')");
+    let before = client.number(active);
+    client.run("SELECT rotate_key('email_lookup')");
+    assert_eq!(client.number(stores_under), before);
+    client.run("SELECT rekey.rollback_rotation('email_lookup')");
+    assert_eq!(client.number(active), before);
+    assert_eq!(client.number(stores_under), before);
+    client.run("ROLLBACK");
+    // A savepoint that is rolled back takes nothing along.
+    client.run("BEGIN; SAVEPOINT s; SELECT rotate_key('email_lookup'); ROLLBACK TO s");
+    assert_eq!(client.number(stores_under), before);
+    client.run("SELECT rotate_key('email_lookup')");
+    assert_eq!(client.number(stores_under), before);
+    client.run("COMMIT");
+    assert_ne!(client.number(stores_under), before);
+}
+
 /// Ends the other threads of a test, however it ends.
 struct Stop<'a>(&'a AtomicBool);
 
@@ -686,16 +722,112 @@ fn a_refresh_never_makes_a_fingerprint_of_another_value() {
         client.number("SELECT count(*) FROM t WHERE email_fp IS NULL"),
         1
     );
-    // Mended or dismissed, they are out of the way.
+    // Mended or taken away, they are out of the way.
     client.run(
         "UPDATE t SET email_fp = fingerprint_col(lower(decrypt_col(email)), 'email_lookup')
           WHERE id IN (1, 2, 4);
-         SELECT rekey.dismiss_quarantine(quarantine_id, 'no value') FROM rekey.errors
-          WHERE sqlstate IN ('22004', '42704');
+         UPDATE t SET email_fp = NULL WHERE id IN (3, 5);
          SELECT rekey.retry_quarantine()",
     );
     reencrypt(&mut client);
     assert_eq!(states(&mut client), ["drained", "active"]);
+}
+
+#[test]
+fn a_fingerprint_in_a_column_of_envelopes_and_the_reverse_hold_up_the_proof() {
+    let database = database("other_kind");
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.unregister_column('t', 'email_fp'); SELECT rekey.register_column('t', 'email_fp');
+         CREATE TABLE r (email bytea, email_fp bytea);
+         INSERT INTO r SELECT encrypt_col('x', 'pii'), encrypt_col('y', 'pii');
+         SELECT rekey.register_column('r', 'email');
+         SELECT rekey.register_fingerprint('r', 'email_fp', 'email', 'email_lookup', 'pii');
+         -- Bytes of that length that name no slot are nothing of ours.
+         INSERT INTO t VALUES (101, NULL, decode(repeat('00', 7) || '01' || repeat('00', 32), 'hex'));
+         SELECT rotate_key('email_lookup'), rotate_key('pii')",
+    );
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["previous", "active"]);
+    let seals = "SELECT state FROM rekey.slots WHERE key_name = 'pii' ORDER BY version";
+    assert_eq!(client.column(seals), ["previous", "active"]);
+    assert_eq!(
+        client.column(
+            "SELECT table_name || ' ' || sqlstate || ' ' || count(*) FROM rekey.errors \
+                        GROUP BY table_name, sqlstate ORDER BY 1"
+        ),
+        ["r 22P03 1", "t 22P03 100"]
+    );
+    let finding = "SELECT string_agg(finding || remedy, ' ') FROM rekey.check() \
+                    WHERE object = 'column public.t.email_fp'";
+    let said = client.text(finding);
+    assert!(
+        said.contains("fingerprints, and the column is registered for envelopes"),
+        "{said}"
+    );
+    // Registered as what they are, they are made again.
+    client.run(
+        "DELETE FROM t WHERE id = 101; SELECT rekey.unregister_column('t', 'email_fp');
+         SELECT rekey.register_fingerprint('t', 'email_fp', 'email', 'email_lookup', 'pii', 'lower($1)');
+         UPDATE r SET email_fp = NULL; SELECT rekey.retry_quarantine()",
+    );
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!(client.column(seals), ["drained", "active"]);
+    assert_eq!((client.number(STALE), client.number(MISSED)), (0, 0));
+}
+
+#[test]
+fn a_partition_and_the_table_above_it_agree_on_what_a_column_holds() {
+    let database = database("kinds");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE p (id int, email bytea, email_fp bytea) PARTITION BY RANGE (id);
+         CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (0) TO (50);
+         SELECT rekey.register_column('p', 'email');
+         SELECT rekey.register_fingerprint('p', 'email_fp', 'email', 'email_lookup', 'pii')",
+    );
+    client
+        .refuse("SELECT rekey.register_column('p1', 'email_fp')", "55000")
+        .names("fingerprints");
+    client.run("SELECT rekey.unregister_column('p', 'email_fp')");
+    client.run("SELECT rekey.register_column('p1', 'email_fp')");
+    client
+        .refuse(
+            "SELECT rekey.register_fingerprint('p', 'email_fp', 'email', 'email_lookup', 'pii')",
+            "55000",
+        )
+        .names("envelopes");
+}
+
+#[test]
+fn a_fingerprint_is_not_dismissed_since_other_rows_may_have_the_same_one() {
+    let database = database("dismissal");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE old AS SELECT email_fp FROM t WHERE id = 2;
+         UPDATE t SET email_fp = (SELECT email_fp FROM old) WHERE id = 1;
+         SELECT rotate_key('email_lookup')",
+    );
+    reencrypt(&mut client);
+    let dismiss = "SELECT rekey.dismiss_quarantine(quarantine_id, 'wrong value') FROM rekey.errors";
+    assert_eq!(
+        client.column("SELECT sqlstate FROM rekey.errors"),
+        ["39000"]
+    );
+    client.refuse(dismiss, "55000").names("fingerprint");
+    // By whatever means an entry comes to be dismissed: no proof excuses a fingerprint.
+    client.run(
+        "SET session_replication_role = replica;
+         UPDATE rekey.quarantine SET dismissed_at = now(), next_try = NULL;
+         RESET session_replication_role",
+    );
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["previous", "active"]);
+    client.run("UPDATE t SET email_fp = NULL WHERE id = 1");
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!(found(&mut client, "user2@example.org"), ["2"]);
 }
 
 #[test]

@@ -75,16 +75,9 @@ thread_local! {
 pub fn slots() -> Result<Rc<Slots>> {
     let generation = hooks::generation();
     let known = SLOTS.with_borrow(|slots| slots.clone());
-    match known.filter(|slots| slots.generation == generation) {
-        Some(slots) => Ok(slots),
-        None => fresh(),
+    if let Some(slots) = known.filter(|slots| slots.generation == generation) {
+        return Ok(slots);
     }
-}
-
-/// The slots as the catalog has them now. A commit is visible, and has woken the worker, a moment
-/// before its invalidations are sent: until then `slots` answers from before.
-pub fn fresh() -> Result<Rc<Slots>> {
-    let generation = hooks::generation();
     let mut active: std::collections::HashSet<String> = std::collections::HashSet::new();
     let keys = read::living_keys()?;
     let rows = read::all_slots()?;

@@ -79,7 +79,8 @@ fn prove_again(slot: &SlotRow, destroy: bool) -> Result<()> {
         why = ending::may_go(&[Candidate { slot, destroy }], &leaves, None)?
             .into_iter()
             .next()
-            .flatten();
+            .flatten()
+            .map(|obstacle| obstacle.why);
     }
     match why {
         None => Ok(()),

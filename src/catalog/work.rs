@@ -389,6 +389,15 @@ pub fn quarantined(table: Oid) -> Result<i64> {
     Ok(bigint(sql, &[Arg::Oid(table)])?.unwrap_or(0))
 }
 
+/// Whether more rows of a table are under quarantine than are listed.
+pub fn has_unlisted(table: Oid) -> Result<bool> {
+    let sql = "SELECT count(*) FROM rekey.progress_state p \
+                WHERE table_name = $1::oid::regclass AND rows_unlisted > 0 \
+                  AND EXISTS (SELECT FROM rekey.quarantine q \
+                       WHERE q.table_name = p.table_name AND q.dismissed_at IS NULL)";
+    Ok(bigint(sql, &[Arg::Oid(table)])?.unwrap_or(0) > 0)
+}
+
 /// The dismissed rows as the proof lists them.
 pub fn exceptions() -> Result<String> {
     let found = text(

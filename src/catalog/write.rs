@@ -136,11 +136,23 @@ pub fn lock_key(name: &str) -> Result<bool> {
 /// The same for many keys; returns those that are there and not shredded. In the order of their
 /// names, so that two sessions do not wait for each other.
 pub fn lock_keys(names: &[&str]) -> Result<HashSet<String>> {
+    lock_each(names, "")
+}
+
+/// The same without those that another session holds: waits for nobody.
+pub fn lock_free_keys(names: &[&str]) -> Result<HashSet<String>> {
+    lock_each(names, "SKIP LOCKED")
+}
+
+fn lock_each(names: &[&str], how: &str) -> Result<HashSet<String>> {
     let locked = rows(
-        "WITH locked AS MATERIALIZED (SELECT key_name FROM rekey.key \
-              WHERE key_name = ANY ($1) AND shredded_at IS NULL ORDER BY key_name FOR UPDATE) \
-         UPDATE rekey.key k SET comment = k.comment FROM locked l \
-          WHERE k.key_name = l.key_name RETURNING k.key_name",
+        &format!(
+            "WITH locked AS MATERIALIZED (SELECT key_name FROM rekey.key \
+                  WHERE key_name = ANY ($1) AND shredded_at IS NULL ORDER BY key_name \
+                    FOR UPDATE {how}) \
+             UPDATE rekey.key k SET comment = k.comment FROM locked l \
+              WHERE k.key_name = l.key_name RETURNING k.key_name"
+        ),
         &[Arg::Texts(names)],
     )?;
     let name = |row: Vec<Option<String>>| row.into_iter().next().flatten();

@@ -57,13 +57,16 @@ pub fn connect_to(database: pg_sys::Oid) {
     unsafe {
         pg_sys::BackgroundWorkerInitializeConnectionByOid(database, pg_sys::InvalidOid, 0);
         // A session that holds a key's row must not hold the worker: the step fails with 55P03 and
-        // is tried again.
-        pg_sys::SetConfigOption(
-            c"lock_timeout".as_ptr(),
-            c"2s".as_ptr(),
-            pg_sys::GucContext::PGC_USERSET,
-            pg_sys::GucSource::PGC_S_OVERRIDE,
-        );
+        // is tried again. Both are shorter than a session's deadlock_timeout of 1 s: in a deadlock
+        // with a DROP EXTENSION, which locks the catalog table by table, the worker gives way.
+        for (name, value) in [(c"lock_timeout", c"900ms"), (c"deadlock_timeout", c"100ms")] {
+            pg_sys::SetConfigOption(
+                name.as_ptr(),
+                value.as_ptr(),
+                pg_sys::GucContext::PGC_SUSET,
+                pg_sys::GucSource::PGC_S_OVERRIDE,
+            );
+        }
     }
 }
 

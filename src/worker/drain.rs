@@ -9,6 +9,7 @@ use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use pgrx::pg_sys::Oid;
+use rekey_core::envelope::SlotId;
 use rekey_core::keyring::SlotState;
 use rekey_core::schedule::BatchSize;
 
@@ -64,9 +65,14 @@ pub struct Drainer {
     turn: usize,
     background: bool,
     entered: HashSet<(Book, Oid)>,
+    refused: HashMap<SlotId, (u32, Instant)>,
+    looked_at_drained: bool,
     proofs_too_old: u32,
     ages_read_at: Option<Instant>,
 }
+
+/// Why a proof is void, in the audit.
+const FOUND_AGAIN: &str = "values are sealed under it again";
 
 /// A proof that finds stale rows so many times in a row is left for a while: something copies them.
 const PROOFS_IN_A_ROW: u32 = 5;
@@ -89,6 +95,8 @@ impl Drainer {
             turn: 0,
             background: false,
             entered: HashSet::new(),
+            refused: HashMap::new(),
+            looked_at_drained: false,
             proofs_too_old: 0,
             ages_read_at: None,
         }
@@ -388,7 +396,7 @@ impl Drainer {
         if let Some(at) = self.prove_again_at
             && at > Instant::now()
         {
-            let why = "the last proofs found rows that something copies".to_string();
+            let why = "the last proofs had to be given up; the next one comes".to_string();
             return Ok(Step::Wait(
                 at.saturating_duration_since(Instant::now()),
                 why,
@@ -429,8 +437,11 @@ impl Drainer {
         let verdict = proof::prove(leaves, &free, ratio)?;
         let what = match verdict {
             Verdict::Clean(proof) => {
-                let drained = drain(&free, &proof)?;
+                let (drained, held) = drain(&free, &proof)?;
                 work::note(all, "done", "")?;
+                if held > 0 {
+                    self.prove_again_at = Some(Instant::now() + Duration::from_secs(10));
+                }
                 self.proofs_failed = 0;
                 self.proofs_too_old = 0;
                 self.keep_passes(slots, wave)?;
@@ -524,17 +535,62 @@ impl Drainer {
                 ..Worked::default()
             }));
         }
+        if !self.background && !self.looked_at_drained && troubles.is_empty() {
+            self.looked_at_drained = true;
+            let found = self.found_again(leaves)?;
+            if found > 0 {
+                return Ok(Step::Worked(Worked {
+                    what: format!("{found} drained slots have values again"),
+                    ..Worked::default()
+                }));
+            }
+        }
         self.end_slots(leaves, troubles)
+    }
+
+    /// By hand the drained slots are looked for once more: what an old snapshot has copied, a
+    /// subscriber received or a restore brought is then re-encrypted like all that is stale.
+    fn found_again(&self, leaves: &[Leaf]) -> Result<usize> {
+        let slots = stale::slots()?;
+        let mut drained = read::all_slots()?;
+        drained.retain(|slot| {
+            slot.state == SlotState::Drained && slots.standing(slot.id) == Standing::Stale
+        });
+        let quarantine = Quarantine::of(leaves)?;
+        drained.retain(|slot| !quarantine.holds(slot.id));
+        if drained.is_empty() {
+            return Ok(0);
+        }
+        match proof::prove(leaves, &drained, self.ratio())? {
+            Verdict::Stale(_, named) => {
+                drained.retain(|slot| named.contains(&slot.id));
+                void_proofs(&drained, FOUND_AGAIN)
+            }
+            _ => Ok(0),
+        }
     }
 
     /// What after_drain says of the slots that are drained and past their grace.
     fn end_slots(&mut self, leaves: &[Leaf], troubles: &[registry::Trouble]) -> Result<Step> {
         let mut candidates = Vec::new();
+        let mut soonest: Option<Instant> = None;
         for (id, action) in work::after_drain()? {
+            let slot = lifecycle::slot(id)?;
+            if let Some((_, until)) = self.refused.get(&slot.id)
+                && *until > Instant::now()
+            {
+                soonest = Some(soonest.map_or(*until, |at| at.min(*until)));
+                continue;
+            }
             candidates.push(Candidate {
-                slot: lifecycle::slot(id)?,
+                slot,
                 destroy: action == "destroy",
             });
+        }
+        if let Some(at) = soonest.filter(|_| candidates.is_empty()) {
+            let why = "scans have found values of the slots that are to end".to_string();
+            let left = at.saturating_duration_since(Instant::now());
+            return Ok(Step::Wait(left, why));
         }
         let Some(first) = candidates.first() else {
             return Ok(Step::Idle(work::next_due()?));
@@ -545,26 +601,26 @@ impl Drainer {
             return Ok(Step::Wait(Duration::from_secs(60), why));
         }
         let answers = ending::may_go(&candidates, leaves, self.ratio())?;
-        let mut ended = 0;
         let mut why = None;
-        for (candidate, answer) in candidates.iter().zip(answers) {
+        let mut free = Vec::new();
+        for (candidate, answer) in candidates.into_iter().zip(answers) {
             let id = candidate.slot.id;
-            if let Some(answer) = answer {
-                why.get_or_insert_with(|| format!("slot {id}: {answer}"));
+            let Some(obstacle) = answer else {
+                self.refused.remove(&id);
+                free.push(candidate);
                 continue;
+            };
+            if obstacle.scanned {
+                self.put_off_scan(id);
             }
-            // Under the key's lock: another session may have moved the slot meanwhile.
-            lifecycle::lock(&candidate.slot.key_name)?;
-            let slot = lifecycle::slot(id.as_i64())?;
-            if slot.state == SlotState::Drained {
-                let to = match candidate.destroy {
-                    true => SlotState::Destroyed,
-                    false => SlotState::Disabled,
-                };
-                write::transition(&slot, to, "after_drain", "")?;
-                failpoint::reach("slot.ended")?;
+            if obstacle.found {
+                void_proofs(std::slice::from_ref(&candidate.slot), FOUND_AGAIN)?;
             }
-            ended += 1;
+            why.get_or_insert_with(|| format!("slot {id}: {}", obstacle.why));
+        }
+        let ended = end(&free)?;
+        if ended < free.len() {
+            why.get_or_insert_with(|| "another session holds a key".to_string());
         }
         match why {
             Some(why) if ended == 0 => Ok(Step::Wait(Duration::from_secs(10), why)),
@@ -573,6 +629,14 @@ impl Drainer {
                 ..Worked::default()
             })),
         }
+    }
+
+    /// A slot of which a scan has found values is not scanned for again soon: 10 s, doubling up to
+    /// an hour.
+    fn put_off_scan(&mut self, slot: SlotId) {
+        let tries = self.refused.get(&slot).map_or(0, |(tries, _)| tries + 1);
+        let wait = Duration::from_secs((10 << tries.min(9)).min(3600));
+        self.refused.insert(slot, (tries, Instant::now() + wait));
     }
 }
 
@@ -657,20 +721,10 @@ pub(super) fn covers(only: Oid, leaf: Oid) -> bool {
 
 /// The slots that await a drain: compromised ones first, alone.
 fn targets() -> Result<Vec<SlotRow>> {
-    let previous: Vec<SlotRow> = read::all_slots()?
+    let slots = stale::slots()?;
+    let mut targets: Vec<SlotRow> = read::all_slots()?
         .into_iter()
         .filter(|slot| slot.state == SlotState::Previous)
-        .collect();
-    let mut slots = stale::slots()?;
-    // Who is woken by a rotation and found it current would sleep, and nobody would wake him.
-    if previous
-        .iter()
-        .any(|slot| slots.standing(slot.id) != Standing::Stale)
-    {
-        slots = stale::fresh()?;
-    }
-    let mut targets: Vec<SlotRow> = previous
-        .into_iter()
         .filter(|slot| slots.standing(slot.id) == Standing::Stale)
         .collect();
     if targets.iter().any(|slot| slot.compromised) {
@@ -690,26 +744,43 @@ fn wave(slots: &[SlotRow]) -> String {
     format!("{:016x}", hasher.finish())
 }
 
-/// After a restore or a copy what was proved there says nothing of the tables here: such slots
-/// await a proof again. Returns how many.
+/// After a restore or a copy what was proved there says nothing of the tables here. Returns how
+/// many slots await a proof again.
 fn void_proofs_made_elsewhere() -> Result<usize> {
-    let mut voided = 0;
+    let mut slots = Vec::new();
     for id in work::proved_elsewhere(locks::identity())? {
-        lifecycle::lock(&lifecycle::slot(id)?.key_name)?;
-        let slot = lifecycle::slot(id)?;
+        slots.push(lifecycle::slot(id)?);
+    }
+    void_proofs(&slots, "made on another server or database")
+}
+
+/// Drained slots of which values were found await a proof again.
+fn void_proofs(slots: &[SlotRow], why: &str) -> Result<usize> {
+    if slots.is_empty() {
+        return Ok(0);
+    }
+    let free = lock_free(slots)?;
+    let mut voided = 0;
+    for slot in slots.iter().filter(|slot| free.contains(&slot.key_name)) {
+        let slot = lifecycle::slot(slot.id.as_i64())?;
         if slot.state == SlotState::Drained {
-            write::transition(&slot, SlotState::Previous, "void_proof", "")?;
+            write::transition(&slot, SlotState::Previous, "void_proof", why)?;
             voided += 1;
         }
     }
     Ok(voided)
 }
 
-/// Marks the proved slots as drained: those that are what they were when the proof began.
-fn drain(slots: &[SlotRow], proof: &str) -> Result<usize> {
-    let mut drained = 0;
+/// Marks the proved slots as drained: those that are what they were when the proof began, and whose
+/// key no other session holds. Returns how many, and how many are left since a key is held.
+fn drain(slots: &[SlotRow], proof: &str) -> Result<(usize, usize)> {
+    let free = lock_free(slots)?;
+    let (mut drained, mut held) = (0, 0);
     for slot in slots {
-        lifecycle::lock(&slot.key_name)?;
+        if !free.contains(&slot.key_name) {
+            held += 1;
+            continue;
+        }
         let now = lifecycle::slot(slot.id.as_i64())?;
         if now.state != SlotState::Previous || now.superseded_at != slot.superseded_at {
             continue;
@@ -719,5 +790,41 @@ fn drain(slots: &[SlotRow], proof: &str) -> Result<usize> {
         failpoint::reach("slot.drained")?;
         drained += 1;
     }
-    Ok(drained)
+    Ok((drained, held))
+}
+
+/// Ends slots that may go: those of which the policy still says so, that are what they were before
+/// the scan, and whose key no other session holds. Returns how many keys were free.
+fn end(candidates: &[Candidate]) -> Result<usize> {
+    let slots: Vec<SlotRow> = candidates.iter().map(|c| c.slot.clone()).collect();
+    let free = lock_free(&slots)?;
+    let policy = work::after_drain()?;
+    let mut ended = 0;
+    for candidate in candidates {
+        let before = &candidate.slot;
+        if !free.contains(&before.key_name) {
+            continue;
+        }
+        ended += 1;
+        let (action, to) = match candidate.destroy {
+            true => ("destroy", SlotState::Destroyed),
+            false => ("disable", SlotState::Disabled),
+        };
+        let id = before.id.as_i64();
+        let slot = lifecycle::slot(id)?;
+        if slot.state == SlotState::Drained
+            && slot.superseded_at == before.superseded_at
+            && policy.iter().any(|(of, says)| *of == id && says == action)
+        {
+            write::transition(&slot, to, "after_drain", "")?;
+            failpoint::reach("slot.ended")?;
+        }
+    }
+    Ok(ended)
+}
+
+/// Locks the keys of the slots that nobody else holds.
+fn lock_free(slots: &[SlotRow]) -> Result<HashSet<String>> {
+    let names: Vec<&str> = slots.iter().map(|slot| slot.key_name.as_str()).collect();
+    write::lock_free_keys(&names)
 }

@@ -29,25 +29,47 @@ pub struct Candidate {
     pub destroy: bool,
 }
 
+/// Why a slot may not go.
+pub struct Obstacle {
+    /// In words.
+    pub why: String,
+    /// Whether it took a scan to find out.
+    pub scanned: bool,
+    /// Whether registered columns hold values of it again.
+    pub found: bool,
+}
+
+impl Obstacle {
+    fn new(why: String, scanned: bool) -> Obstacle {
+        Obstacle {
+            why,
+            scanned,
+            found: false,
+        }
+    }
+}
+
 /// Whether each of these may go now; None for yes, else why not. Makes the second scan, one for
 /// all: transactions older than the first one may have copied what they saw.
 pub fn may_go(
     candidates: &[Candidate],
     leaves: &[Leaf],
     ratio: Option<f64>,
-) -> Result<Vec<Option<String>>> {
+) -> Result<Vec<Option<Obstacle>>> {
     let mut answers = Vec::new();
     for candidate in candidates {
-        answers.push(before_the_scan(candidate.slot.id, leaves)?);
+        let why = before_the_scan(candidate.slot.id, leaves)?;
+        answers.push(why.map(|why| Obstacle::new(why, false)));
     }
-    let free = |answers: &[Option<String>]| -> Vec<SlotRow> {
+    let free = |answers: &[Option<Obstacle>]| -> Vec<SlotRow> {
         let pairs = candidates.iter().zip(answers);
         let free = pairs.filter(|(_, answer)| answer.is_none());
         free.map(|(candidate, _)| candidate.slot.clone()).collect()
     };
-    let refuse = |answers: &mut [Option<String>], why: &str| {
+    let refuse = |answers: &mut [Option<Obstacle>], why: String, scanned: bool| {
         for answer in answers.iter_mut() {
-            answer.get_or_insert_with(|| why.to_string());
+            let why = why.clone();
+            answer.get_or_insert_with(|| Obstacle::new(why, scanned));
         }
     };
     if free(&answers).is_empty() {
@@ -55,7 +77,7 @@ pub fn may_go(
     }
     if let Some(who) = writers_ended()? {
         let why = format!("older transactions have written and not ended: {who}");
-        refuse(&mut answers, &why);
+        refuse(&mut answers, why, false);
         return Ok(answers);
     }
     match proof::prove(leaves, &free(&answers), ratio)? {
@@ -68,22 +90,30 @@ pub fn may_go(
             let why = format!("values are sealed under it again in {}", places.join(", "));
             for (candidate, answer) in candidates.iter().zip(&mut answers) {
                 if named.contains(&candidate.slot.id) {
-                    answer.get_or_insert_with(|| why.clone());
+                    let why = why.clone();
+                    answer.get_or_insert_with(|| Obstacle {
+                        found: true,
+                        ..Obstacle::new(why, true)
+                    });
                 }
             }
         }
-        Verdict::Changed(table) => refuse(&mut answers, &format!("{table} changed meanwhile")),
-        Verdict::Unfinished(why) | Verdict::TooOld(why) => refuse(&mut answers, &why),
+        Verdict::Changed(table) => {
+            refuse(&mut answers, format!("{table} changed meanwhile"), false);
+        }
+        Verdict::Unfinished(why) | Verdict::TooOld(why) => refuse(&mut answers, why, true),
     }
     failpoint::reach("end.scanned")?;
-    let open =
-        |(candidate, answer): (&Candidate, &Option<String>)| candidate.destroy && answer.is_none();
+    let open = |(candidate, answer): (&Candidate, &Option<Obstacle>)| {
+        candidate.destroy && answer.is_none()
+    };
     if candidates.iter().zip(&answers).any(open) {
         let elsewhere = elsewhere::all()?;
         for (candidate, answer) in candidates.iter().zip(&mut answers) {
             if candidate.destroy && answer.is_none() {
                 let places = elsewhere::of_slot(&elsewhere, candidate.slot.id);
-                *answer = places.map(|p| format!("unregistered columns hold values of it: {p}"));
+                let words = |places| format!("unregistered columns hold values of it: {places}");
+                *answer = places.map(|places| Obstacle::new(words(places), true));
             }
         }
     }
@@ -120,14 +150,17 @@ impl Quarantine {
                 slots.extend(stale::slot_of(&head));
             }
         }
-        let unknown = slots
+        let mut unknown = slots
             .iter()
             .any(|slot| known.standing(*slot) == Standing::Unknown);
+        for leaf in leaves {
+            unknown = unknown || work::has_unlisted(leaf.table)?;
+        }
         Ok(Quarantine { slots, unknown })
     }
 
-    /// Whether a row stands in the way of a slot's proof: one that names it, or one that names no
-    /// slot of this database, whose header may have been altered.
+    /// Whether a row stands in the way of a slot's proof: one that names it, one that names no slot
+    /// of this database, whose header may have been altered, or one that the list has no room for.
     pub fn holds(&self, slot: SlotId) -> bool {
         self.unknown || self.slots.contains(&slot)
     }

@@ -277,6 +277,29 @@ fn a_partition_that_is_attached_with_stale_rows_at_the_end_of_a_proof_is_found()
 }
 
 #[test]
+fn a_policy_that_changes_during_the_second_scan_counts() {
+    let cluster = Cluster::start(Options::preloaded().set("rekey.work_ratio = 1"));
+    let database = cluster.database("policy");
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.create_key('pii', grace => '0');
+         SELECT rekey.set_policy('pii', after_drain => 'destroy');
+         CREATE TABLE t (id int PRIMARY KEY, c bytea);
+         INSERT INTO t VALUES (1, encrypt_col('v1', 'pii'));
+         SELECT rekey.register_column('t', 'c')",
+    );
+    let mut gate = close_gate(&database);
+    cluster.arm("end.scanned", "wait");
+    client.run("SELECT rotate_key('pii')");
+    wait_at_gate(&mut client);
+    client.run("SELECT rekey.set_policy('pii', after_drain => 'keep', grace => '30 days')");
+    open_gate(&mut gate);
+    let workers = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'pg_rekey worker'";
+    wait_until("the worker has ended", || client.number(workers) == 0);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+}
+
+#[test]
 fn the_progress_view_shows_a_proof_and_the_age_of_its_snapshot() {
     let cluster = Cluster::start(Options::preloaded().set("autovacuum = off"));
     let database = large_table(&cluster);

@@ -555,6 +555,68 @@ fn slots_end_by_one_second_scan_and_one_that_may_not_go_holds_up_no_other() {
 }
 
 #[test]
+fn a_drained_slot_of_which_values_come_back_is_drained_again() {
+    let database = database("again");
+    let mut client = database.connect();
+    client.run("CREATE TEMP TABLE kept AS SELECT * FROM t WHERE id = 1; SELECT rotate_key('pii')");
+    reencrypt(&mut client);
+    client.run("UPDATE t SET c = kept.c FROM kept WHERE t.id = 1");
+    let slot = old_slot(&mut client);
+    refused(&mut client, "destroy_slot", &slot, "public.t (1 rows)");
+    reencrypt(&mut client);
+    assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!(
+        client.text("SELECT detail FROM rekey.audit WHERE action = 'void_proof'"),
+        "values are sealed under it again"
+    );
+    end(&mut client, "destroy_slot", &slot);
+}
+
+#[test]
+fn every_registered_column_counts_however_many_a_table_has() {
+    let database = database("wide");
+    let mut client = database.connect();
+    client.run(
+        "DO $$ BEGIN
+             EXECUTE 'CREATE TABLE w (id int PRIMARY KEY, '
+                 || (SELECT string_agg('c' || i || ' bytea', ', ') FROM generate_series(1, 70) AS i)
+                 || ')';
+             PERFORM rekey.register_column('w', 'c' || i) FROM generate_series(1, 70) AS i;
+         END $$;
+         INSERT INTO w (id, c1, c65, c70) VALUES (1, encrypt_col('a', 'pii'),
+             encrypt_col('b', 'pii'), encrypt_col('c', 'pii'));
+         SELECT rotate_key('pii')",
+    );
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert!(client.truth(
+        "SELECT ARRAY[rekey.slot_id(c1), rekey.slot_id(c65), rekey.slot_id(c70)] \
+              = array_fill((SELECT active_slot FROM rekey.keys), '{3}') FROM w"
+    ));
+}
+
+#[test]
+fn a_key_that_another_session_holds_holds_up_no_other_key() {
+    let database = database("held");
+    let (mut client, mut other) = (database.connect(), database.connect());
+    client.run(
+        "SELECT rekey.create_key('held', grace => '0');
+         CREATE TABLE u (c bytea);
+         INSERT INTO u SELECT encrypt_col('x', 'held');
+         SELECT rekey.register_column('u', 'c');
+         SELECT rotate_key('pii'), rotate_key('held')",
+    );
+    other.run("BEGIN; SELECT rekey.set_policy('held', custodian => 'somebody')");
+    reencrypt(&mut client);
+    let of = "SELECT key_name || ' ' || state FROM rekey.slots WHERE version = 1 ORDER BY key_name";
+    assert_eq!(client.column(of), ["held previous", "pii drained"]);
+    other.run("COMMIT");
+    reencrypt(&mut client);
+    assert_eq!(client.column(of), ["held drained", "pii drained"]);
+}
+
+#[test]
 fn after_drain_waits_for_a_registered_column_that_is_missing() {
     let database = database("missing");
     let mut client = database.connect();

@@ -5,7 +5,7 @@
 
 use std::sync::OnceLock;
 
-use rekey_tests::{Ask, Cluster, Database, Options};
+use rekey_tests::{Ask, Cluster, Database, Options, wait_until};
 
 fn preloaded() -> &'static Cluster {
     static CLUSTER: OnceLock<Cluster> = OnceLock::new();
@@ -78,6 +78,11 @@ fn guards(cluster: &Cluster, name: &str) {
     let old = client.number("SELECT active_slot FROM rekey.keys");
     client.run("SELECT rotate_key('pii')");
     client.run(&format!("SELECT rekey.disable_slot({old}, force => true)"));
+    // A worker that reads the catalog and a DROP that locks all of it may stand in a deadlock.
+    let workers = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'pg_rekey worker'";
+    wait_until("the worker that the rotation has woken is gone", || {
+        client.number(workers) == 0
+    });
     client.run("BEGIN; SAVEPOINT s");
     client.refuse("DROP EXTENSION pg_rekey CASCADE", "55000");
     client.run("ROLLBACK TO s; COMMIT");

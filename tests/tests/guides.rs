@@ -6,6 +6,7 @@
 use std::fs;
 
 use postgres::Client;
+use rekey_tests::page::docs;
 use rekey_tests::{Ask, Cluster, Options, Page, wait_until};
 
 fn by_hand() -> Cluster {
@@ -156,4 +157,14 @@ fn backup_and_restore() {
     let base = cluster.standby();
     base.promote();
     page.rest(&base, "app");
+}
+
+#[test]
+fn every_document_is_in_the_index() {
+    let index = fs::read_to_string(docs().join("README.md")).expect("the index");
+    for entry in fs::read_dir(docs()).expect("docs").flatten() {
+        let name = entry.file_name().into_string().expect("a name in UTF-8");
+        let listed = index.contains(&format!("]({name})")) || name == "README.md";
+        assert!(listed || entry.path().is_dir(), "{name} is not listed");
+    }
 }

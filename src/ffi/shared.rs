@@ -26,8 +26,8 @@ pub struct Entry {
     pub worker: i32,
     /// The last visit ended as it should.
     pub finished: bool,
-    /// Session that needs the database for itself.
-    pub barred_by: i32,
+    /// Its worker was told to make room for a session: that it ends is no failure.
+    pub sent_away: bool,
     /// When it is due again, a TimestampTz; 0 for never.
     pub due: i64,
     /// Visits in a row that failed.
@@ -69,11 +69,16 @@ impl Entry {
     }
 }
 
+/// Bars that stand at the same time; a further one is not heeded.
+const BARS: usize = 64;
+
 /// The board.
 #[derive(Clone, Copy)]
 pub struct Board {
     launcher: i32,
     everything: bool,
+    /// Databases that sessions need for themselves, each with its session; 0 is a free place.
+    bars: [(u32, i32); BARS],
     entries: [Entry; ROOM],
 }
 
@@ -82,6 +87,7 @@ impl Default for Board {
         Board {
             launcher: 0,
             everything: false,
+            bars: [(0, 0); BARS],
             entries: [Entry::default(); ROOM],
         }
     }
@@ -269,15 +275,27 @@ fn of_this_worker(change: impl Fn(&mut Entry)) {
     });
 }
 
-/// Keeps workers out of a database for as long as it lives.
+/// Whether a session keeps workers out of a database.
+pub fn is_barred(database: u32) -> bool {
+    let bars = with(|board| board.bars).unwrap_or([(0, 0); BARS]);
+    let mut here = bars.iter().filter(|(barred, _)| *barred == database);
+    here.any(|(_, session)| is_alive(*session))
+}
+
+/// Keeps workers out of a database for as long as it lives, or until the process ends: a FATAL
+/// error drops nothing.
 pub struct Bar(u32);
 
 impl Bar {
     /// Bars the database, ends its worker and waits until it is gone.
     pub fn put(database: pg_sys::Oid) -> Bar {
+        lift_at_exit();
         let number = database.to_u32();
-        let process = super::session::process();
-        with(|board| board.entry(number).map(|entry| entry.barred_by = process));
+        let mine = (number, super::session::process());
+        with(|board| {
+            let free = board.bars.iter_mut().find(|(barred, _)| *barred == 0);
+            free.map(|bar| *bar = mine)
+        });
         let bar = Bar(number);
         loop {
             let worker = entries()
@@ -287,6 +305,7 @@ impl Bar {
             if !is_alive(worker) {
                 return bar;
             }
+            change(number, |entry| entry.sent_away = entry.worker == worker);
             // SAFETY: a process of this server, which BackendPidGetProc has just found.
             unsafe { libc::kill(worker, libc::SIGTERM) };
             super::session::sleep_ms(20);
@@ -296,15 +315,36 @@ impl Bar {
 
 impl Drop for Bar {
     fn drop(&mut self) {
-        let number = self.0;
-        with(|board| {
-            for entry in &mut board.entries {
-                if entry.database == number {
-                    entry.barred_by = 0;
-                    entry.wanted = true;
-                }
-            }
-        });
-        rouse(with(|board| board.launcher).unwrap_or(0));
+        lift(self.0);
+    }
+}
+
+/// Takes a bar of this process off a database, and has it looked at.
+fn lift(database: u32) {
+    let mine = (database, super::session::process());
+    with(|board| {
+        let bar = board.bars.iter_mut().find(|bar| **bar == mine);
+        bar.map(|bar| *bar = (0, 0))
+    });
+    wake(pg_sys::Oid::from_u32(database));
+}
+
+/// Has the bars that this process still holds lifted when it ends.
+fn lift_at_exit() {
+    #[pg_guard]
+    unsafe extern "C-unwind" fn call(_code: std::ffi::c_int, _arg: pg_sys::Datum) {
+        let process = super::session::process();
+        for (database, _) in with(|board| board.bars)
+            .into_iter()
+            .flatten()
+            .filter(|(database, session)| *database != 0 && *session == process)
+        {
+            lift(database);
+        }
+    }
+    static TOLD: AtomicBool = AtomicBool::new(false);
+    if !TOLD.swap(true, Relaxed) {
+        // SAFETY: a callback of the right type; it runs while shared memory is still there.
+        unsafe { pg_sys::before_shmem_exit(Some(call), pg_sys::Datum::null()) }
     }
 }

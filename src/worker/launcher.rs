@@ -67,7 +67,7 @@ fn launch(running: &mut Vec<(u32, Started)>) -> Option<Duration> {
         let due = entry.due != 0 && entry.due <= now;
         let mut later = (entry.due > now).then_some(entry.due);
         if (entry.wanted || due) && !running.iter().any(|(db, _)| *db == entry.database) {
-            let barred = entry.barred_by != 0 && shared::is_alive(entry.barred_by);
+            let barred = shared::is_barred(entry.database);
             let resting = entry.failures > 0 && entry.due > now;
             if !barred && !resting && running.len() < guc::max_workers() {
                 if !may_visit(entry.database, allowed.as_deref()) {
@@ -78,6 +78,7 @@ fn launch(running: &mut Vec<(u32, Started)>) -> Option<Duration> {
                     entry.wanted = false;
                     entry.due = 0;
                     entry.finished = false;
+                    entry.sent_away = false;
                     entry.starved = false;
                 });
                 match Started::start(Oid::from_u32(entry.database)) {
@@ -113,7 +114,11 @@ fn take_leave(database: u32) {
     shared::change(database, |entry| {
         entry.worker = 0;
         let table = std::mem::take(&mut entry.table);
-        if entry.finished || entry.barred_by != 0 {
+        if std::mem::take(&mut entry.sent_away) {
+            entry.wanted = true;
+            return;
+        }
+        if entry.finished {
             return;
         }
         if table != 0 {

@@ -217,6 +217,47 @@ fn a_role_without_rights_to_a_database_ends_no_worker_in_it() {
 }
 
 #[test]
+fn a_session_that_ends_while_it_keeps_the_worker_out_lets_it_back_in() {
+    let cluster = Cluster::start(Options::preloaded().set("autovacuum = off"));
+    // The copies wait for this session for 5 s.
+    let _client = busy(&cluster);
+    let mut admin = cluster.connect("postgres");
+    let copying = |name: &str| {
+        let mut session = cluster.connect("postgres");
+        let pid = session.number("SELECT pg_backend_pid()");
+        let command = format!("CREATE DATABASE {name} TEMPLATE busy");
+        (
+            pid,
+            std::thread::spawn(move || session.batch_execute(&command).is_err()),
+        )
+    };
+    let waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'object' AND classid = 1262 \
+                   AND mode = 'ShareLock' AND granted";
+    // A worker that starts waits for the copy, before the statistics show it.
+    let starting = "SELECT count(*) FROM pg_locks WHERE locktype = 'object' AND classid = 1262 \
+                    AND mode = 'RowExclusiveLock' AND NOT granted";
+
+    let (pid, copy) = copying("first");
+    wait_until("it waits", || admin.number(waiting) == 1);
+    assert_eq!(workers(&mut admin), 0);
+    admin.run(&format!("SELECT pg_terminate_backend({pid})"));
+    assert!(copy.join().expect("a thread"));
+    wait_until("the worker is back", || workers(&mut admin) == 1);
+
+    let (ends, first) = copying("first");
+    let (_, second) = copying("second");
+    wait_until("both wait", || admin.number(waiting) == 2);
+    admin.run(&format!("SELECT pg_terminate_backend({ends})"));
+    assert!(first.join().expect("a thread"));
+    while !second.is_finished() {
+        let seen = admin.number(starting) + workers(&mut admin);
+        assert!(seen == 0 || second.is_finished(), "the other keeps it out");
+    }
+    assert!(second.join().expect("a thread"));
+    wait_until("the worker is back again", || workers(&mut admin) == 1);
+}
+
+#[test]
 fn it_is_switched_off_and_on_by_a_reload() {
     let cluster = cluster();
     let mut client = prepare(&cluster.database("switched"));

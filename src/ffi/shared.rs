@@ -12,8 +12,9 @@ use pgrx::prelude::*;
 use pgrx::shmem::PGRXSharedMemory;
 use pgrx::{pg_shmem_init, pg_sys};
 
-/// Databases that the board has room for; beyond it everything is visited again.
-const ROOM: usize = 256;
+/// Databases that the board has room for. Those of which there is nothing to remember make room for
+/// others. Few in a debug build, so that a test can fill it.
+const ROOM: usize = if cfg!(debug_assertions) { 16 } else { 1024 };
 
 /// What is known of one database.
 #[derive(Clone, Copy, Default)]
@@ -59,6 +60,12 @@ pub struct Scan {
 const SUSPECTS: usize = 8;
 
 impl Entry {
+    /// Nothing is to be remembered of the database.
+    fn is_idle(&self) -> bool {
+        let quiet = self.due == 0 && self.failures == 0;
+        self.finished && quiet && !self.wanted && self.worker == 0
+    }
+
     /// The worker is gone in the middle of a table: it rests longer each time.
     pub fn blame(&mut self, table: u32) {
         let at = self.suspects.iter().position(|(known, _)| *known == table);
@@ -116,11 +123,8 @@ impl Board {
         let at = entries
             .iter()
             .position(|e| e.database == database)
-            .or_else(|| entries.iter().position(|e| e.database == 0));
-        let Some(at) = at else {
-            self.everything = true;
-            return None;
-        };
+            .or_else(|| entries.iter().position(|e| e.database == 0))
+            .or_else(|| entries.iter().position(Entry::is_idle))?;
         if self.entries[at].database != database {
             self.entries[at] = Entry {
                 database,
@@ -135,11 +139,13 @@ impl Board {
 pub fn wake(database: pg_sys::Oid) {
     let told = with(|board| {
         let launcher = board.launcher;
-        let worker = board.entry(database.to_u32()).map_or(0, |entry| {
+        let worker = board.entry(database.to_u32()).map(|entry| {
             entry.wanted = true;
             entry.worker
         });
-        (launcher, worker)
+        // No room: the launcher knows the databases by itself.
+        board.everything |= worker.is_none();
+        (launcher, worker.unwrap_or(0))
     });
     if let Some((launcher, worker)) = told {
         rouse(launcher);
@@ -194,6 +200,12 @@ pub fn everything() -> bool {
 /// Has every database visited.
 pub fn want_everything() {
     with(|board| board.everything = true);
+}
+
+/// The launcher wants a database visited. False when the board has no room for it yet.
+pub fn want(database: u32) -> bool {
+    let entry = with(|board| board.entry(database).map(|entry| entry.wanted = true));
+    entry.flatten().is_some()
 }
 
 /// All databases on the board.

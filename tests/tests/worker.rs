@@ -258,6 +258,37 @@ fn a_session_that_ends_while_it_keeps_the_worker_out_lets_it_back_in() {
 }
 
 #[test]
+fn more_databases_than_the_board_has_room_for_are_served() {
+    // Its room is 16 in a debug build.
+    let cluster = cluster();
+    for number in 1..=18 {
+        cluster.empty_database(&format!("bare{number}"), "STRATEGY file_copy");
+    }
+    let mut clients = ["one", "two"].map(|name| prepare(&cluster.database(name)));
+    for client in &mut clients {
+        client.run("SELECT rotate_key('pii')");
+        wait_until("the rotation is drained", || drained(client) == 1);
+    }
+    // The launcher visits all of them.
+    let mut admin = cluster.connect("postgres");
+    admin.run("ALTER SYSTEM SET rekey.worker = off");
+    cluster.reload(&mut admin);
+    for client in &mut clients {
+        wait_until("no worker is left", || workers(client) == 0);
+        client.run("SELECT rotate_key('pii')");
+    }
+    cluster.restart("fast");
+    let mut admin = cluster.connect("postgres");
+    admin.run("ALTER SYSTEM SET rekey.worker = on");
+    cluster.reload(&mut admin);
+    for name in ["one", "two"] {
+        let mut client = cluster.connect(name);
+        wait_until("each is drained", || drained(&mut client) == 2);
+    }
+    wait_until("none is visited over and over", || workers(&mut admin) == 0);
+}
+
+#[test]
 fn it_is_switched_off_and_on_by_a_reload() {
     let cluster = cluster();
     let mut client = prepare(&cluster.database("switched"));

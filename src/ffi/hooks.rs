@@ -287,7 +287,8 @@ static mut NEXT_UTILITY: pg_sys::ProcessUtility_hook_type = None;
 
 /// Keeps our workers out of the way of commands that need a database for themselves, which
 /// PostgreSQL before 19 cannot do, and wakes them after COMMIT PREPARED, which runs no commit
-/// callback, and for a new database.
+/// callback, and for a new database. An apply worker with two_phase commits what it has prepared
+/// without coming here: a rotation that arrives so waits for the next one who wakes the worker.
 #[allow(clippy::too_many_arguments, reason = "PostgreSQL's hook")]
 #[pg_guard]
 unsafe extern "C-unwind" fn process_utility(
@@ -303,14 +304,7 @@ unsafe extern "C-unwind" fn process_utility(
     // SAFETY: PostgreSQL passes a live statement; the call is chained unchanged.
     unsafe {
         let node = (*statement).utilityStmt;
-        let _bars: Vec<_> = databases_of(node)
-            .into_iter()
-            .filter_map(|name| {
-                let database = pg_sys::get_database_oid(name, true);
-                (database != pg_sys::InvalidOid && database != pg_sys::MyDatabaseId)
-                    .then(|| super::shared::Bar::put(database))
-            })
-            .collect();
+        let _bar = database_of(node).map(super::shared::Bar::put);
         #[allow(static_mut_refs, reason = "written once, before any backend runs")]
         match NEXT_UTILITY {
             Some(next) => next(
@@ -350,24 +344,29 @@ unsafe extern "C-unwind" fn process_utility(
     }
 }
 
-/// The databases that a command needs for itself.
+/// The database that a command needs for itself, when PostgreSQL will let the user have it done: a
+/// role that may not must not end another's worker. The rights are those of
+/// src/backend/commands/dbcommands.c, which asks again.
 ///
 /// # Safety
 /// `node` is a live utility statement.
-unsafe fn databases_of(node: *mut pg_sys::Node) -> Vec<*const std::ffi::c_char> {
+unsafe fn database_of(node: *mut pg_sys::Node) -> Option<pg_sys::Oid> {
     // SAFETY: each cast follows the node's tag.
-    unsafe {
-        let name: *const std::ffi::c_char = match (*node).type_ {
-            pg_sys::NodeTag::T_DropdbStmt => (*node.cast::<pg_sys::DropdbStmt>()).dbname,
+    let (name, makes, copies): (*const std::ffi::c_char, _, _) = unsafe {
+        match (*node).type_ {
+            pg_sys::NodeTag::T_DropdbStmt => {
+                ((*node.cast::<pg_sys::DropdbStmt>()).dbname, false, false)
+            }
             pg_sys::NodeTag::T_RenameStmt => {
                 let rename = node.cast::<pg_sys::RenameStmt>();
-                match (*rename).renameType {
-                    pg_sys::ObjectType::OBJECT_DATABASE => (*rename).subname,
-                    _ => std::ptr::null(),
+                if (*rename).renameType != pg_sys::ObjectType::OBJECT_DATABASE {
+                    return None;
                 }
+                ((*rename).subname, true, false)
             }
             pg_sys::NodeTag::T_AlterDatabaseStmt => {
-                (*node.cast::<pg_sys::AlterDatabaseStmt>()).dbname
+                let alter = node.cast::<pg_sys::AlterDatabaseStmt>();
+                ((*alter).dbname, false, false)
             }
             pg_sys::NodeTag::T_CreatedbStmt => {
                 let options = (*node.cast::<pg_sys::CreatedbStmt>()).options;
@@ -379,14 +378,27 @@ unsafe fn databases_of(node: *mut pg_sys::Node) -> Vec<*const std::ffi::c_char> 
                             && !(**option).arg.is_null()
                     })
                     .map(|option| pg_sys::defGetString(option).cast_const());
-                template.unwrap_or(c"template1".as_ptr())
+                (template.unwrap_or(c"template1".as_ptr()), true, true)
             }
-            _ => std::ptr::null(),
-        };
-        if name.is_null() {
-            Vec::new()
-        } else {
-            vec![name]
+            _ => return None,
         }
+    };
+    // SAFETY: a C string; look-ups in a transaction that may miss. The tuple is read while held.
+    unsafe {
+        let database = pg_sys::get_database_oid(name, true);
+        if database == pg_sys::MyDatabaseId || makes && !pg_sys::have_createdb_privilege() {
+            return None;
+        }
+        let cache = pg_sys::SysCacheIdentifier::DATABASEOID as c_int;
+        let tuple = pg_sys::SearchSysCache1(cache, pg_sys::Datum::from(database));
+        if tuple.is_null() {
+            return None;
+        }
+        let row: *const pg_sys::FormData_pg_database = pg_sys::GETSTRUCT(tuple).cast();
+        let user = super::session::current_user();
+        let may = copies && (*row).datistemplate
+            || super::session::has_privileges_of(user, (*row).datdba);
+        pg_sys::ReleaseSysCache(tuple);
+        may.then_some(database)
     }
 }

@@ -12,8 +12,9 @@ use pgrx::prelude::*;
 use pgrx::shmem::PGRXSharedMemory;
 use pgrx::{pg_shmem_init, pg_sys};
 
-/// Databases that the board has room for; beyond it everything is visited again.
-const ROOM: usize = 256;
+/// Databases that the board has room for. Those of which there is nothing to remember make room for
+/// others. Few in a debug build, so that a test can fill it.
+const ROOM: usize = if cfg!(debug_assertions) { 16 } else { 1024 };
 
 /// What is known of one database.
 #[derive(Clone, Copy, Default)]
@@ -26,8 +27,8 @@ pub struct Entry {
     pub worker: i32,
     /// The last visit ended as it should.
     pub finished: bool,
-    /// Session that needs the database for itself.
-    pub barred_by: i32,
+    /// Its worker was told to make room for a session: that it ends is no failure.
+    pub sent_away: bool,
     /// When it is due again, a TimestampTz; 0 for never.
     pub due: i64,
     /// Visits in a row that failed.
@@ -59,6 +60,12 @@ pub struct Scan {
 const SUSPECTS: usize = 8;
 
 impl Entry {
+    /// Nothing is to be remembered of the database.
+    fn is_idle(&self) -> bool {
+        let quiet = self.due == 0 && self.failures == 0;
+        self.finished && quiet && !self.wanted && self.worker == 0
+    }
+
     /// The worker is gone in the middle of a table: it rests longer each time.
     pub fn blame(&mut self, table: u32) {
         let at = self.suspects.iter().position(|(known, _)| *known == table);
@@ -69,11 +76,16 @@ impl Entry {
     }
 }
 
+/// Bars that stand at the same time; a further one is not heeded.
+const BARS: usize = 64;
+
 /// The board.
 #[derive(Clone, Copy)]
 pub struct Board {
     launcher: i32,
     everything: bool,
+    /// Databases that sessions need for themselves, each with its session; 0 is a free place.
+    bars: [(u32, i32); BARS],
     entries: [Entry; ROOM],
 }
 
@@ -82,6 +94,7 @@ impl Default for Board {
         Board {
             launcher: 0,
             everything: false,
+            bars: [(0, 0); BARS],
             entries: [Entry::default(); ROOM],
         }
     }
@@ -110,11 +123,8 @@ impl Board {
         let at = entries
             .iter()
             .position(|e| e.database == database)
-            .or_else(|| entries.iter().position(|e| e.database == 0));
-        let Some(at) = at else {
-            self.everything = true;
-            return None;
-        };
+            .or_else(|| entries.iter().position(|e| e.database == 0))
+            .or_else(|| entries.iter().position(Entry::is_idle))?;
         if self.entries[at].database != database {
             self.entries[at] = Entry {
                 database,
@@ -129,11 +139,13 @@ impl Board {
 pub fn wake(database: pg_sys::Oid) {
     let told = with(|board| {
         let launcher = board.launcher;
-        let worker = board.entry(database.to_u32()).map_or(0, |entry| {
+        let worker = board.entry(database.to_u32()).map(|entry| {
             entry.wanted = true;
             entry.worker
         });
-        (launcher, worker)
+        // No room: the launcher knows the databases by itself.
+        board.everything |= worker.is_none();
+        (launcher, worker.unwrap_or(0))
     });
     if let Some((launcher, worker)) = told {
         rouse(launcher);
@@ -188,6 +200,12 @@ pub fn everything() -> bool {
 /// Has every database visited.
 pub fn want_everything() {
     with(|board| board.everything = true);
+}
+
+/// The launcher wants a database visited. False when the board has no room for it yet.
+pub fn want(database: u32) -> bool {
+    let entry = with(|board| board.entry(database).map(|entry| entry.wanted = true));
+    entry.flatten().is_some()
 }
 
 /// All databases on the board.
@@ -269,15 +287,27 @@ fn of_this_worker(change: impl Fn(&mut Entry)) {
     });
 }
 
-/// Keeps workers out of a database for as long as it lives.
+/// Whether a session keeps workers out of a database.
+pub fn is_barred(database: u32) -> bool {
+    let bars = with(|board| board.bars).unwrap_or([(0, 0); BARS]);
+    let mut here = bars.iter().filter(|(barred, _)| *barred == database);
+    here.any(|(_, session)| is_alive(*session))
+}
+
+/// Keeps workers out of a database for as long as it lives, or until the process ends: a FATAL
+/// error drops nothing.
 pub struct Bar(u32);
 
 impl Bar {
     /// Bars the database, ends its worker and waits until it is gone.
     pub fn put(database: pg_sys::Oid) -> Bar {
+        lift_at_exit();
         let number = database.to_u32();
-        let process = super::session::process();
-        with(|board| board.entry(number).map(|entry| entry.barred_by = process));
+        let mine = (number, super::session::process());
+        with(|board| {
+            let free = board.bars.iter_mut().find(|(barred, _)| *barred == 0);
+            free.map(|bar| *bar = mine)
+        });
         let bar = Bar(number);
         loop {
             let worker = entries()
@@ -287,6 +317,7 @@ impl Bar {
             if !is_alive(worker) {
                 return bar;
             }
+            change(number, |entry| entry.sent_away = entry.worker == worker);
             // SAFETY: a process of this server, which BackendPidGetProc has just found.
             unsafe { libc::kill(worker, libc::SIGTERM) };
             super::session::sleep_ms(20);
@@ -296,15 +327,36 @@ impl Bar {
 
 impl Drop for Bar {
     fn drop(&mut self) {
-        let number = self.0;
-        with(|board| {
-            for entry in &mut board.entries {
-                if entry.database == number {
-                    entry.barred_by = 0;
-                    entry.wanted = true;
-                }
-            }
-        });
-        rouse(with(|board| board.launcher).unwrap_or(0));
+        lift(self.0);
+    }
+}
+
+/// Takes a bar of this process off a database, and has it looked at.
+fn lift(database: u32) {
+    let mine = (database, super::session::process());
+    with(|board| {
+        let bar = board.bars.iter_mut().find(|bar| **bar == mine);
+        bar.map(|bar| *bar = (0, 0))
+    });
+    wake(pg_sys::Oid::from_u32(database));
+}
+
+/// Has the bars that this process still holds lifted when it ends.
+fn lift_at_exit() {
+    #[pg_guard]
+    unsafe extern "C-unwind" fn call(_code: std::ffi::c_int, _arg: pg_sys::Datum) {
+        let process = super::session::process();
+        for (database, _) in with(|board| board.bars)
+            .into_iter()
+            .flatten()
+            .filter(|(database, session)| *database != 0 && *session == process)
+        {
+            lift(database);
+        }
+    }
+    static TOLD: AtomicBool = AtomicBool::new(false);
+    if !TOLD.swap(true, Relaxed) {
+        // SAFETY: a callback of the right type; it runs while shared memory is still there.
+        unsafe { pg_sys::before_shmem_exit(Some(call), pg_sys::Datum::null()) }
     }
 }

@@ -27,6 +27,7 @@ pub extern "C-unwind" fn pg_rekey_launcher_main(_arg: pg_sys::Datum) {
     background::connect_to_none();
     shared::launcher_is(session::process());
     let mut running: Vec<(u32, Started)> = Vec::new();
+    let mut waiting = Vec::new();
     let mut was_on = true;
     loop {
         pgrx::check_for_interrupts!();
@@ -42,42 +43,52 @@ pub extern "C-unwind" fn pg_rekey_launcher_main(_arg: pg_sys::Datum) {
             shared::want_everything();
         }
         was_on = on;
-        let sleep = if on { launch(&mut running) } else { None };
+        let sleep = if on {
+            launch(&mut running, &mut waiting)
+        } else {
+            None
+        };
         background::sleep(sleep);
     }
 }
 
-/// Starts what is wanted and allowed; says when to look again.
-fn launch(running: &mut Vec<(u32, Started)>) -> Option<Duration> {
+/// Starts what is wanted and allowed; says when to look again. `waiting` are the databases to visit
+/// for which the board had no room: the end of a worker makes some.
+fn launch(running: &mut Vec<(u32, Started)>, waiting: &mut Vec<u32>) -> Option<Duration> {
     let allowed = guc::databases();
     if shared::everything() {
         let Ok(all) = background::transaction(|| Ok(background::databases())) else {
             shared::want_everything();
             return Some(Duration::from_secs(1));
         };
-        for (database, name) in all {
-            if allowed.as_ref().is_none_or(|list| list.contains(&name)) {
-                shared::change(database, |entry| entry.wanted = true);
-            }
-        }
+        *waiting = all
+            .into_iter()
+            .filter(|(_, name)| allowed.as_ref().is_none_or(|list| list.contains(name)))
+            .map(|(database, _)| database)
+            .collect();
     }
+    waiting.retain(|database| !shared::want(*database));
     let now = background::now();
     let mut soonest: Option<i64> = None;
     for entry in shared::entries() {
         let due = entry.due != 0 && entry.due <= now;
         let mut later = (entry.due > now).then_some(entry.due);
         if (entry.wanted || due) && !running.iter().any(|(db, _)| *db == entry.database) {
-            let barred = entry.barred_by != 0 && shared::is_alive(entry.barred_by);
+            let barred = shared::is_barred(entry.database);
             let resting = entry.failures > 0 && entry.due > now;
             if !barred && !resting && running.len() < guc::max_workers() {
                 if !may_visit(entry.database, allowed.as_deref()) {
                     shared::forget(entry.database);
+                    if !waiting.is_empty() {
+                        soonest = Some(now);
+                    }
                     continue;
                 }
                 shared::change(entry.database, |entry| {
                     entry.wanted = false;
                     entry.due = 0;
                     entry.finished = false;
+                    entry.sent_away = false;
                     entry.starved = false;
                 });
                 match Started::start(Oid::from_u32(entry.database)) {
@@ -113,7 +124,11 @@ fn take_leave(database: u32) {
     shared::change(database, |entry| {
         entry.worker = 0;
         let table = std::mem::take(&mut entry.table);
-        if entry.finished || entry.barred_by != 0 {
+        if std::mem::take(&mut entry.sent_away) {
+            entry.wanted = true;
+            return;
+        }
+        if entry.finished {
             return;
         }
         if table != 0 {

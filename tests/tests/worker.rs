@@ -31,6 +31,32 @@ fn workers(client: &mut Client) -> i64 {
     client.number("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'pg_rekey worker'")
 }
 
+/// A worker sits in the database "busy" for as long as a test lasts.
+fn busy(cluster: &Cluster) -> Client {
+    let mut client = prepare(&cluster.database("busy"));
+    client.run(
+        "INSERT INTO t SELECT i, encrypt_col('v' || i, 'pii') FROM generate_series(101, 200000) AS i",
+    );
+    client.run("ALTER SYSTEM SET rekey.work_ratio = 0.01");
+    cluster.reload(&mut client);
+    client.run("SELECT rotate_key('pii')");
+    wait_until("a worker is there", || workers(&mut client) == 1);
+    client
+}
+
+/// The client leaves "busy" to the worker.
+fn leave(cluster: &Cluster, client: Client) -> Client {
+    drop(client);
+    let mut admin = cluster.connect("postgres");
+    wait_until("the client's session has ended", || {
+        admin.number(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = 'busy' \
+                      AND backend_type = 'client backend'",
+        ) == 0
+    });
+    admin
+}
+
 #[test]
 fn a_committed_rotation_is_drained_and_one_that_is_not_is_left_alone() {
     let cluster = cluster();
@@ -127,24 +153,8 @@ fn several_databases_take_turns_and_ones_without_the_extension_are_left() {
 #[test]
 fn a_database_can_be_dropped_copied_and_renamed_while_a_worker_sits_in_it() {
     let cluster = cluster();
-    let mut client = prepare(&cluster.database("busy"));
-    // A transaction that seals keeps the worker waiting at the barrier, in a session that does not
-    // count for DROP DATABASE: a prepared one would refuse it, so the wait is for a locked row.
-    client.run(
-        "INSERT INTO t SELECT i, encrypt_col('v' || i, 'pii') FROM generate_series(101, 200000) AS i",
-    );
-    client.run("ALTER SYSTEM SET rekey.work_ratio = 0.01");
-    cluster.reload(&mut client);
-    client.run("SELECT rotate_key('pii')");
-    wait_until("a worker is there", || workers(&mut client) == 1);
-    drop(client);
-    let mut admin = cluster.connect("postgres");
-    wait_until("the client's session has ended", || {
-        admin.number(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = 'busy' \
-                      AND backend_type = 'client backend'",
-        ) == 0
-    });
+    let client = busy(&cluster);
+    let mut admin = leave(&cluster, client);
     admin.run("CREATE DATABASE copy TEMPLATE busy");
     wait_until("a worker is back", || workers(&mut admin) > 0);
     admin.run("ALTER DATABASE busy RENAME TO renamed");
@@ -157,6 +167,125 @@ fn a_database_can_be_dropped_copied_and_renamed_while_a_worker_sits_in_it() {
     admin.run("DROP DATABASE renamed");
     admin.run("DROP DATABASE copy");
     assert_eq!(workers(&mut admin), 0);
+}
+
+#[test]
+fn a_role_without_rights_to_a_database_ends_no_worker_in_it() {
+    let cluster = cluster();
+    let client = busy(&cluster);
+    let mut admin = leave(&cluster, client);
+    admin.run(
+        "CREATE ROLE owner LOGIN CREATEDB; CREATE ROLE plain LOGIN; CREATE ROLE maker LOGIN CREATEDB;
+         ALTER DATABASE busy OWNER TO owner",
+    );
+    wait_until("a worker is there", || workers(&mut admin) == 1);
+    const PID: &str = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'pg_rekey worker'";
+    let pid = admin.text(PID);
+    for role in ["plain", "maker"] {
+        let mut other = cluster.connect_as("postgres", role);
+        for command in [
+            "DROP DATABASE busy",
+            "DROP DATABASE busy WITH (FORCE)",
+            "ALTER DATABASE busy RENAME TO taken",
+            "ALTER DATABASE busy SET TABLESPACE pg_default",
+            "CREATE DATABASE taken TEMPLATE busy",
+        ] {
+            other.fail(command, "42501");
+            assert_eq!(admin.text(PID), pid, "{command} by {role}");
+        }
+    }
+    admin.run("ALTER ROLE owner NOCREATEDB");
+    let mut owner = cluster.connect_as("postgres", "owner");
+    owner.fail("ALTER DATABASE busy RENAME TO taken", "42501");
+    assert_eq!(admin.text(PID), pid);
+    // Who may do it need not wait for the worker.
+    admin.run("ALTER ROLE owner CREATEDB");
+    owner.run("CREATE DATABASE copy TEMPLATE busy");
+    owner.run("DROP DATABASE copy");
+    admin.run("ALTER DATABASE busy IS_TEMPLATE true");
+    wait_until("a worker is back", || workers(&mut admin) == 1);
+    let mut maker = cluster.connect_as("postgres", "maker");
+    maker.run("CREATE DATABASE copy TEMPLATE busy");
+    maker.run("DROP DATABASE copy");
+    admin.run("ALTER DATABASE busy IS_TEMPLATE false");
+    wait_until("a worker is back again", || workers(&mut admin) == 1);
+    owner.run("ALTER DATABASE busy RENAME TO renamed");
+    wait_until("a worker is in the renamed one", || {
+        workers(&mut admin) == 1
+    });
+    owner.run("DROP DATABASE renamed");
+}
+
+#[test]
+fn a_session_that_ends_while_it_keeps_the_worker_out_lets_it_back_in() {
+    let cluster = Cluster::start(Options::preloaded().set("autovacuum = off"));
+    // The copies wait for this session for 5 s.
+    let _client = busy(&cluster);
+    let mut admin = cluster.connect("postgres");
+    let copying = |name: &str| {
+        let mut session = cluster.connect("postgres");
+        let pid = session.number("SELECT pg_backend_pid()");
+        let command = format!("CREATE DATABASE {name} TEMPLATE busy");
+        (
+            pid,
+            std::thread::spawn(move || session.batch_execute(&command).is_err()),
+        )
+    };
+    let waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'object' AND classid = 1262 \
+                   AND mode = 'ShareLock' AND granted";
+    // A worker that starts waits for the copy, before the statistics show it.
+    let starting = "SELECT count(*) FROM pg_locks WHERE locktype = 'object' AND classid = 1262 \
+                    AND mode = 'RowExclusiveLock' AND NOT granted";
+
+    let (pid, copy) = copying("first");
+    wait_until("it waits", || admin.number(waiting) == 1);
+    assert_eq!(workers(&mut admin), 0);
+    admin.run(&format!("SELECT pg_terminate_backend({pid})"));
+    assert!(copy.join().expect("a thread"));
+    wait_until("the worker is back", || workers(&mut admin) == 1);
+
+    let (ends, first) = copying("first");
+    let (_, second) = copying("second");
+    wait_until("both wait", || admin.number(waiting) == 2);
+    admin.run(&format!("SELECT pg_terminate_backend({ends})"));
+    assert!(first.join().expect("a thread"));
+    while !second.is_finished() {
+        let seen = admin.number(starting) + workers(&mut admin);
+        assert!(seen == 0 || second.is_finished(), "the other keeps it out");
+    }
+    assert!(second.join().expect("a thread"));
+    wait_until("the worker is back again", || workers(&mut admin) == 1);
+}
+
+#[test]
+fn more_databases_than_the_board_has_room_for_are_served() {
+    // Its room is 16 in a debug build.
+    let cluster = cluster();
+    for number in 1..=18 {
+        cluster.empty_database(&format!("bare{number}"), "STRATEGY file_copy");
+    }
+    let mut clients = ["one", "two"].map(|name| prepare(&cluster.database(name)));
+    for client in &mut clients {
+        client.run("SELECT rotate_key('pii')");
+        wait_until("the rotation is drained", || drained(client) == 1);
+    }
+    // The launcher visits all of them.
+    let mut admin = cluster.connect("postgres");
+    admin.run("ALTER SYSTEM SET rekey.worker = off");
+    cluster.reload(&mut admin);
+    for client in &mut clients {
+        wait_until("no worker is left", || workers(client) == 0);
+        client.run("SELECT rotate_key('pii')");
+    }
+    cluster.restart("fast");
+    let mut admin = cluster.connect("postgres");
+    admin.run("ALTER SYSTEM SET rekey.worker = on");
+    cluster.reload(&mut admin);
+    for name in ["one", "two"] {
+        let mut client = cluster.connect(name);
+        wait_until("each is drained", || drained(&mut client) == 2);
+    }
+    wait_until("none is visited over and over", || workers(&mut admin) == 0);
 }
 
 #[test]

@@ -135,7 +135,7 @@ CREATE FUNCTION rekey.rotate_keys(older_than timestamptz, max_keys integer DEFAU
         reason text DEFAULT '', OUT rotated bigint, OUT remaining bigint) RETURNS record
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'rotate_keys_wrapper';
 COMMENT ON FUNCTION rekey.rotate_keys(timestamptz, integer, text, text) IS
-    'Rotates the keys like pattern that the caller may rotate and whose active slot is older, the oldest first, at most max_keys of them; says how many remain';
+    'Rotates the keys like pattern that the caller may rotate and whose active slot is older, the oldest first, at most max_keys of them; says how many remain. Without a pattern those that seal';
 
 -- Slots.
 

@@ -360,7 +360,7 @@ COMMENT ON FUNCTION rekey.is_stale(bytea) IS
 CREATE FUNCTION rekey.is_closed(envelope bytea) RETURNS boolean
     LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'is_closed_wrapper';
 COMMENT ON FUNCTION rekey.is_closed(bytea) IS
-    'Whether the slot in the header is drained, disabled or destroyed; false for anything else, NULL for NULL';
+    'Whether the slot of an envelope or a fingerprint is drained, disabled or destroyed; false for anything else, NULL for NULL';
 
 CREATE FUNCTION rekey.touch() RETURNS trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'touch_wrapper';

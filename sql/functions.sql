@@ -135,7 +135,7 @@ CREATE FUNCTION rekey.rotate_keys(older_than timestamptz, max_keys integer DEFAU
         reason text DEFAULT '', OUT rotated bigint, OUT remaining bigint) RETURNS record
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'rotate_keys_wrapper';
 COMMENT ON FUNCTION rekey.rotate_keys(timestamptz, integer, text, text) IS
-    'Rotates the keys like pattern that the caller may rotate and whose active slot is older, the oldest first, at most max_keys of them; says how many remain';
+    'Rotates the keys like pattern that the caller may rotate and whose active slot is older, the oldest first, at most max_keys of them; says how many remain. Without a pattern those that seal';
 
 -- Slots.
 
@@ -360,7 +360,7 @@ COMMENT ON FUNCTION rekey.is_stale(bytea) IS
 CREATE FUNCTION rekey.is_closed(envelope bytea) RETURNS boolean
     LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'is_closed_wrapper';
 COMMENT ON FUNCTION rekey.is_closed(bytea) IS
-    'Whether the slot in the header is drained, disabled or destroyed; false for anything else, NULL for NULL';
+    'Whether the slot of an envelope or a fingerprint is drained, disabled or destroyed; false for anything else, NULL for NULL';
 
 CREATE FUNCTION rekey.touch() RETURNS trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'touch_wrapper';

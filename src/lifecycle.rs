@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use pgrx::pg_sys;
 use rekey_core::cipher::{Dek, RootId};
 use rekey_core::envelope::SlotId;
-use rekey_core::keyring::SlotState;
+use rekey_core::keyring::{Privilege, SlotState};
 
 use crate::catalog::read::{self, RootRow, SlotRow};
 use crate::catalog::roots::{self, Roots};
@@ -312,7 +312,8 @@ pub fn rotate(key: &str, reason: &str) -> Result<SlotId> {
 }
 
 /// Rotates up to `most` keys whose active slot was activated before a timestamptz datum, the oldest
-/// first: those named like `pattern` that the current user may rotate. Returns how many were
+/// first: those named like `pattern` that the current user may rotate. A pattern that takes all
+/// takes those that seal: a unique rule may pin a lookup key to its slot. Returns how many were
 /// rotated, and how many are left.
 pub fn rotate_older(
     than: pg_sys::Datum,
@@ -320,14 +321,20 @@ pub fn rotate_older(
     pattern: &str,
     reason: &str,
 ) -> Result<(i64, i64)> {
-    let (due, in_all) = work::keys_older(than, most, pattern, session::current_user())?;
+    let user = session::current_user();
+    let (due, in_all) = work::keys_older(than, most, pattern, user)?;
     let names: Vec<&str> = due.iter().map(|(key, _)| key.as_str()).collect();
     let locked = write::lock_keys(&names)?;
     let mut superseded = Vec::new();
     let mut rotated = 0;
     for (key, active) in due.iter().filter(|(key, _)| locked.contains(key)) {
-        let slots = read::slots_of(&text::to_server(key.as_bytes())?)?;
-        // The lock may have been waited for: somebody else has rotated or shredded it.
+        // The lock may have been waited for: somebody else has taken the privilege back, rotated
+        // the key or shredded it.
+        let name = text::to_server(key.as_bytes())?;
+        if !read::privileges(&name, user)?.implies(Privilege::Rotate) {
+            continue;
+        }
+        let slots = read::slots_of(&name)?;
         let still = in_state(&slots, SlotState::Active).filter(|slot| slot.id.as_i64() == *active);
         let Some(still) = still else { continue };
         rotated += 1;

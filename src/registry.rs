@@ -210,27 +210,15 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
 /// its partitions have through it, those of envelopes. None when nothing of it is registered, or can
 /// be served.
 pub fn leaf(table: Oid) -> Result<Option<Leaf>> {
-    let mut above = relation::ancestors(table);
-    above.insert(0, table);
     let mut leaf = Leaf {
         table,
         columns: Vec::new(),
         fire_triggers: false,
     };
-    let rows = read::registered_columns()?;
-    for row in above
-        .iter()
-        .flat_map(|oid| rows.iter().filter(|row| row.table == *oid))
-        .filter(|row| row.fingerprint.is_none())
-    {
-        let name = attnum(row).and_then(|number| relation::column_name(row.table, number));
-        let number = name
-            .as_deref()
-            .and_then(|name| relation::column_number(table, name))
-            .filter(|number| relation::is_bytea(table, *number));
-        let (Some(name), Some(attnum)) = (name, number) else {
+    for (row, attnum, name) in registered_for(table)? {
+        if row.fingerprint.is_some() {
             continue;
-        };
+        }
         leaf.fire_triggers |= row.fire_triggers;
         if leaf.columns.iter().all(|column| column.attnum != attnum) {
             leaf.columns.push(LeafColumn {
@@ -243,6 +231,32 @@ pub fn leaf(table: Oid) -> Result<Option<Leaf>> {
     }
     leaf.columns.sort_by_key(|column| column.attnum);
     Ok((!leaf.columns.is_empty()).then_some(leaf))
+}
+
+/// The columns of fingerprints of one table, by number: its own, and those of the tables above it.
+pub fn fingerprint_columns(table: Oid) -> Result<Vec<i16>> {
+    let rows = registered_for(table)?.into_iter();
+    Ok(rows
+        .filter(|(row, ..)| row.fingerprint.is_some())
+        .map(|(_, attnum, _)| attnum)
+        .collect())
+}
+
+/// What is registered for a table or one above it, with the column's number and name in this one;
+/// what a partition says of itself first.
+fn registered_for(table: Oid) -> Result<Vec<(read::RegisteredRow, i16, String)>> {
+    let mut above = relation::ancestors(table);
+    above.insert(0, table);
+    let mut rows = read::registered_columns()?;
+    let place = |row: &read::RegisteredRow| above.iter().position(|oid| *oid == row.table);
+    rows.retain(|row| place(row).is_some());
+    rows.sort_by_key(place);
+    let here = |row: read::RegisteredRow| {
+        let name = attnum(&row).and_then(|number| relation::column_name(row.table, number))?;
+        let number = relation::column_number(table, &name)?;
+        relation::is_bytea(table, number).then_some((row, number, name))
+    };
+    Ok(rows.into_iter().filter_map(here).collect())
 }
 
 /// Why a table cannot be re-encrypted safely, if so: asked at registration and again before each

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 
 use pgrx::pg_sys::{self, FunctionCallInfo, Oid};
 use pgrx::prelude::*;
+use rekey_core::envelope::SlotId;
 
 use super::columns::own;
 use crate::cache;
@@ -22,27 +23,37 @@ use crate::ffi::table::{self, columns_of};
 use crate::ffi::trigger::TriggerCall;
 use crate::ffi::{relation, text};
 use crate::registry;
-use crate::stale::{self, Judgement, header};
+use crate::stale::{self, Holds, Judgement, header};
 
 #[pg_extern(sql = false)]
 fn is_stale(fcinfo: FunctionCallInfo) -> Reply {
-    reply(fcinfo, |call| judged(&call, |judgement| judgement.stale))
+    let named = |datum| header(datum).map(|header| header.slot);
+    reply(fcinfo, |call| {
+        judged(&call, named, |judgement| judgement.stale)
+    })
 }
 
 #[pg_extern(sql = false)]
 fn is_closed(fcinfo: FunctionCallInfo) -> Reply {
-    reply(fcinfo, |call| judged(&call, |judgement| judgement.closed))
+    let named = |datum| Holds::Envelopes.found(datum).map(|(_, slot)| slot);
+    reply(fcinfo, |call| {
+        judged(&call, named, |judgement| judgement.closed)
+    })
 }
 
 #[inline]
-fn judged(call: &Call, verdict: fn(Judgement) -> bool) -> Result<Reply> {
+fn judged(
+    call: &Call,
+    named: fn(pg_sys::Datum) -> Option<SlotId>,
+    verdict: fn(Judgement) -> bool,
+) -> Result<Reply> {
     let Some(datum) = call.datum(0) else {
         return Ok(Reply::null());
     };
-    let Some(header) = header(datum) else {
+    let Some(slot) = named(datum) else {
         return Ok(Reply::bool(false));
     };
-    stale::judge(header.slot).map(|judgement| Reply::bool(verdict(judgement)))
+    stale::judge(slot).map(|judgement| Reply::bool(verdict(judgement)))
 }
 
 /// The trigger as it stands, which the caller may change. Locked, so that two callers do not
@@ -132,18 +143,20 @@ fn disable_touch(fcinfo: FunctionCallInfo) -> Reply {
 /// One condition serves a partitioned table and its partitions: it also asks for what is
 /// registered for some of them alone. The trigger itself goes by the partition's own columns.
 fn install(oid: Oid, leaf: registry::Leaf, refuse_closed: bool) -> Result<()> {
-    let mut names = BTreeSet::new();
-    let mut add = |leaf: registry::Leaf| {
+    let (mut envelopes, mut fingerprints) = (BTreeSet::new(), BTreeSet::new());
+    let mut add = |leaf: registry::Leaf| -> Result<()> {
         // Under the names of now, which a partition shares with the table above it.
-        let columns = leaf.columns.into_iter();
-        names.extend(columns.filter_map(|c| relation::column_name(leaf.table, c.attnum)));
+        let name = |number| relation::column_name(leaf.table, number);
+        envelopes.extend(leaf.columns.iter().filter_map(|c| name(c.attnum)));
+        let columns = registry::fingerprint_columns(leaf.table)?.into_iter();
+        fingerprints.extend(columns.filter_map(name));
+        Ok(())
     };
-    add(leaf);
+    add(leaf)?;
     for partition in relation::leaves(oid) {
-        registry::leaf(partition)?.into_iter().for_each(&mut add);
+        registry::leaf(partition)?.map_or(Ok(()), &mut add)?;
     }
-    let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    touch::install(oid, &names, refuse_closed)
+    touch::install(oid, &envelopes, &fingerprints, refuse_closed)
 }
 
 /// After a change of a table's registered columns: its trigger, if it has one, asks for those.
@@ -173,6 +186,7 @@ pub(super) fn follow(oid: Oid) -> Result<()> {
 /// What the trigger does with the rows of one statement.
 struct Plan {
     columns: Vec<i16>,
+    fingerprints: Vec<i16>,
     contexts: Vec<Context>,
 }
 
@@ -209,8 +223,12 @@ impl Plan {
     fn of(trigger: &TriggerCall) -> Result<Plan> {
         let mut plan = Plan {
             columns: Vec::new(),
+            fingerprints: Vec::new(),
             contexts: Vec::new(),
         };
+        if trigger.serves_inserts() {
+            plan.fingerprints = registry::fingerprint_columns(trigger.table())?;
+        }
         let Some(leaf) = registry::leaf(trigger.table())? else {
             return Ok(plan);
         };
@@ -259,7 +277,7 @@ fn touch(fcinfo: FunctionCallInfo) -> Reply {
             };
             let judgement = stale::judge(header.slot)?;
             if judgement.closed && trigger.serves_inserts() {
-                refuse_unless_unchanged(&trigger, plan.columns[at], datum, header.slot)?;
+                refuse_unless_unchanged(&trigger, plan.columns[at], datum)?;
             }
             if !judgement.stale {
                 continue;
@@ -276,6 +294,15 @@ fn touch(fcinfo: FunctionCallInfo) -> Reply {
             // affair of whoever updates the row.
             if let Ok(Some(fresh)) = cache::reencrypt(text::detoasted(datum), &context) {
                 changes.push((plan.columns[at], Some(fresh)));
+            }
+        }
+        let stored = columns_of(trigger.new_row(), &plan.fingerprints);
+        for (column, value) in plan.fingerprints.iter().zip(stored) {
+            if let Some(datum) = value
+                && let Some((_, slot)) = Holds::Fingerprints.found(datum)
+                && stale::judge(slot)?.closed
+            {
+                refuse_unless_unchanged(&trigger, *column, datum)?;
             }
         }
         Ok(trigger.store_with(&changes))
@@ -297,12 +324,11 @@ fn unchanged_context(trigger: &TriggerCall, expression: &Expression) -> Result<O
     })
 }
 
-/// An UPDATE that leaves the column alone may keep a closed envelope where it is.
+/// An UPDATE that leaves the column alone may keep what is closed where it is.
 fn refuse_unless_unchanged(
     trigger: &TriggerCall,
     column: i16,
     stored: pg_sys::Datum,
-    slot: rekey_core::envelope::SlotId,
 ) -> Result<()> {
     if let Some(old) = trigger.old_row()
         && let [Some(before)] = columns_of(old, &[column])[..]
@@ -311,15 +337,23 @@ fn refuse_unless_unchanged(
         return Ok(());
     }
     let name = relation::column_name(trigger.table(), column).unwrap_or_default();
+    let Some((is, slot)) = Holds::Envelopes.found(stored) else {
+        return Ok(());
+    };
+    let (what, again) = match is {
+        Holds::Envelopes => ("an envelope", "Seal the value again with encrypt_col."),
+        Holds::Fingerprints => ("a fingerprint", "Make it again with fingerprint_col."),
+    };
     Err(Error::State(
-        format!("an envelope of slot {slot} is not stored any more"),
+        format!("{what} of slot {slot} is not stored any more"),
         format!(
-            "Column \"{name}\" of {} refuses envelopes of slots that are drained, disabled or \
-             destroyed.",
-            table::name(trigger.table())?
+            "Column \"{name}\" of {} refuses {} of slots that are drained, disabled or destroyed.",
+            table::name(trigger.table())?,
+            is.name()
         ),
-        "Seal the value again with encrypt_col. rekey.disable_touch(table_name), or \
+        format!(
+            "{again} rekey.disable_touch(table_name), or \
          rekey.enable_touch(table_name) without refuse_closed, lifts the refusal."
-            .to_string(),
+        ),
     ))
 }

@@ -215,13 +215,15 @@ SELECT CASE WHEN s.compromised_at IS NULL THEN 'warning' ELSE 'error' END,
             ELSE 'it is compromised, and not proved unused' END
        || CASE WHEN r.registered THEN '' ELSE ': no column is registered' END,
        CASE WHEN r.registered THEN 'CALL rekey.reencrypt()'
-            ELSE 'SELECT rekey.register_column(table_name, column_name) -- each of envelopes'
-       END
+            WHEN k.purpose = 'seal'
+            THEN 'SELECT rekey.register_column(table_name, column_name) -- each of envelopes'
+            ELSE 'SELECT rekey.register_fingerprint(table_name, column_name, sealed_column, '
+                 'key_name) -- each of fingerprints, after its sealed column' END
   FROM rekey.key_slot s
   JOIN rekey.key k USING (key_name)
   JOIN rekey.key_slot a ON a.key_name = s.key_name AND a.state = 'active',
        (SELECT EXISTS (SELECT FROM rekey.registered_column) AS registered) AS r
- WHERE s.state = 'previous' AND k.purpose = 'seal' AND k.shredded_at IS NULL
+ WHERE s.state = 'previous' AND k.shredded_at IS NULL
    AND (s.superseded_at + k.grace < clock_timestamp() OR s.compromised_at IS NOT NULL)
  ORDER BY s.compromised_at IS NULL, s.superseded_at + k.grace";
 
@@ -539,7 +541,7 @@ pub fn awaiting() -> Result<(i64, i64)> {
     let found = look(
         "SELECT (SELECT count(*) FROM rekey.key_slot s \
                    JOIN rekey.key_slot a ON a.key_name = s.key_name AND a.state = 'active' \
-                   JOIN rekey.key k ON k.key_name = s.key_name AND k.purpose = 'seal' \
+                   JOIN rekey.key k ON k.key_name = s.key_name \
                   WHERE s.state = 'previous' AND k.shredded_at IS NULL)::text, \
                 (SELECT count(*) FROM rekey.quarantine WHERE dismissed_at IS NULL)::text",
         &[],

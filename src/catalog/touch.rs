@@ -4,11 +4,14 @@
 //! the catalog's owner, last by name, so that it sees what the others have made of the row, and
 //! ALWAYS enabled, so that rows that logical replication applies are touched too.
 
+use std::collections::BTreeSet;
+
 use pgrx::pg_sys::Oid;
 
 use crate::error::Result;
 use crate::ffi::sql::{Arg, rows, run};
 use crate::ffi::table;
+use crate::ffi::text::quoted_identifier;
 
 /// Triggers of one kind fire in the order of their names.
 pub const NAME: &str = "zzz_rekey_touch";
@@ -39,8 +42,14 @@ pub fn installed(oid: Oid) -> Result<Option<Installed>> {
     }))
 }
 
-/// Makes the trigger, or makes it anew, for these columns. Takes ShareRowExclusiveLock.
-pub fn install(oid: Oid, columns: &[&str], refuse_closed: bool) -> Result<()> {
+/// Makes the trigger, or makes it anew, for these columns of envelopes and, where it refuses what
+/// is closed, of fingerprints. Takes ShareRowExclusiveLock.
+pub fn install(
+    oid: Oid,
+    columns: &BTreeSet<String>,
+    fingerprints: &BTreeSet<String>,
+    refuse_closed: bool,
+) -> Result<()> {
     let name = table::name(oid)?;
     let events = if refuse_closed {
         "INSERT OR UPDATE"
@@ -48,21 +57,14 @@ pub fn install(oid: Oid, columns: &[&str], refuse_closed: bool) -> Result<()> {
         "UPDATE"
     };
     // Asked in the condition, a row that is not concerned costs no call of the trigger.
-    let questions: &[&str] = if refuse_closed {
-        &["is_stale", "is_closed"]
-    } else {
-        &["is_stale"]
+    let ask = |question: &str, column: &String| {
+        format!("rekey.{question}(NEW.{})", quoted_identifier(column))
     };
-    let condition = columns
-        .iter()
-        .flat_map(|column| {
-            let quoted = column.replace('"', "\"\"");
-            questions
-                .iter()
-                .map(move |question| format!("rekey.{question}(NEW.\"{quoted}\")"))
-        })
-        .collect::<Vec<_>>()
-        .join(" OR ");
+    let mut questions: Vec<String> = columns.iter().map(|c| ask("is_stale", c)).collect();
+    if refuse_closed {
+        questions.extend(columns.union(fingerprints).map(|c| ask("is_closed", c)));
+    }
+    let condition = questions.join(" OR ");
     for sql in [
         format!(
             "CREATE OR REPLACE TRIGGER {NAME} BEFORE {events} ON {name} FOR EACH ROW \

@@ -525,7 +525,7 @@ pub fn keys_older(
         "SELECT k.key_name, s.slot_id::text, (count(*) OVER ())::text \
            FROM rekey.key k JOIN rekey.key_slot s USING (key_name) \
           WHERE s.state = 'active' AND k.shredded_at IS NULL AND s.activated_at < $1 \
-            AND k.key_name LIKE $3 \
+            AND k.key_name LIKE $3 AND (k.purpose = 'seal' OR $3 <> '%') \
             AND ($4 IS NULL OR rekey.has_key_privilege($4, k.key_name, 'rotate')) \
           ORDER BY s.activated_at, k.key_name LIMIT $2",
         &[

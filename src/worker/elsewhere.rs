@@ -9,7 +9,7 @@
 use std::collections::HashSet;
 
 use pgrx::pg_sys::{self, Oid};
-use rekey_core::envelope::{Header, SlotId};
+use rekey_core::envelope::{CIPHERTEXT_AT, SlotId};
 use serde_json::{Value, json};
 
 use crate::error::Result;
@@ -42,10 +42,11 @@ pub(super) const COLUMNS: &str = "\
        AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'rekey') \
      ORDER BY c.oid, a.attnum";
 
+/// Constants in defaults that are long enough for an envelope, or as long as a fingerprint.
 const DEFAULTS: &str = "\
     SELECT d.adrelid::text, a.attname::text, \
            (pg_catalog.regexp_matches(pg_catalog.pg_get_expr(d.adbin, d.adrelid), \
-                '\\\\x(f9[0-9a-f]{98,})', 'g'))[1] \
+                '\\\\x(f9[0-9a-f]{98,}|[0-7][0-9a-f]{79})(?![0-9a-f])', 'g'))[1] \
       FROM pg_catalog.pg_attrdef d \
       JOIN pg_catalog.pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum";
 
@@ -135,20 +136,20 @@ pub fn all() -> Result<Vec<Place>> {
     Ok(places)
 }
 
-/// Envelopes that are defaults of columns.
+/// Envelopes and fingerprints that are defaults of columns.
 pub fn in_defaults() -> Result<Vec<Place>> {
     let slots = stale::slots()?;
     let mut places = Vec::new();
     for row in sql::look(DEFAULTS, &[])? {
         let oid = number(&row[0]).map_or(pg_sys::InvalidOid, Oid::from_u32);
-        let header = row[2].as_deref().and_then(header_of_hex);
-        if let Some(header) = header
-            && slots.standing(header.slot) != Standing::Unknown
+        let slot = row[2].as_deref().and_then(slot_of_hex);
+        if let Some(slot) = slot
+            && slots.standing(slot) != Standing::Unknown
         {
             places.push(Place {
                 table: table::name(oid)?,
                 column: row[1].clone().unwrap_or_default(),
-                slot: Some(header.slot),
+                slot: Some(slot),
                 envelopes: 1,
             });
         }
@@ -305,10 +306,11 @@ fn spread(blocks: u32, count: u32) -> impl Iterator<Item = u32> {
     })
 }
 
-fn header_of_hex(hex: &str) -> Option<Header> {
+/// The slot that an envelope or a fingerprint of at least so many digits names.
+fn slot_of_hex(hex: &str) -> Option<SlotId> {
     let byte = |at: usize| u8::from_str_radix(hex.get(at * 2..at * 2 + 2)?, 16).ok();
-    let bytes: Vec<u8> = (0..10).map_while(byte).collect();
-    Header::parse(&bytes).ok()
+    let bytes: Vec<u8> = (0..CIPHERTEXT_AT).map_while(byte).collect();
+    stale::slot_of(&bytes.try_into().ok()?)
 }
 
 /// Those of the places that hold envelopes of a slot, or could not be read; None: none.

@@ -20,8 +20,9 @@ use crate::error::Result;
 use crate::ffi::sql::{Arg, look};
 use crate::ffi::table::{self, Snapshot, Table};
 use crate::ffi::{locks, session, text, types};
-use crate::registry::{self, Leaf};
-use crate::{guc, stale};
+use crate::guc;
+use crate::registry::{self, Leaf, LeafColumn};
+use crate::stale::Holds;
 
 /// Blocks of a table that are read: 8 MB.
 const BLOCKS: u32 = 1000;
@@ -195,6 +196,7 @@ fn one_table(
 ) -> Result<()> {
     let name = table::name(leaf.table)?;
     let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
+    let kinds: Vec<Holds> = leaf.columns.iter().map(LeafColumn::holds).collect();
     if Instant::now() > until {
         total.unread += 1;
         lines.add("rows", &name, "?", "not read: the time is up");
@@ -204,8 +206,9 @@ fn one_table(
     let read = sample(leaf.table, &columns, BLOCKS, |values| {
         found.rows += 1;
         let mut is_ours = false;
-        for datum in values.iter().flatten() {
-            if stale::header(*datum).is_some_and(|header| ours.contains(&header.slot)) {
+        for (value, kind) in values.iter().zip(&kinds) {
+            let Some(datum) = value else { continue };
+            if kind.slot(*datum).is_some_and(|slot| ours.contains(&slot)) {
                 let bytes = text::varlena_len(*datum) as u64;
                 is_ours = true;
                 found.bytes += bytes;
@@ -242,7 +245,11 @@ fn one_table(
         "bytes",
         &name,
         &size(found.whole(found.bytes)),
-        "envelopes of the key",
+        if kinds.contains(&Holds::Fingerprints) {
+            "envelopes and fingerprints of the key"
+        } else {
+            "envelopes of the key"
+        },
     );
     let facts = facts_of(leaf, &columns)?;
     let writing = writing(&facts, lines, &name);
@@ -398,7 +405,7 @@ fn side_effects(lines: &mut Lines, leaf: &Leaf, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Envelopes of the key in columns that nobody has registered: no pass re-encrypts them and no
+/// Envelopes and fingerprints of the key in columns that nobody has registered: no pass re-encrypts them and no
 /// proof looks at them.
 fn unregistered(lines: &mut Lines, leaves: &[Leaf], ours: &HashSet<SlotId>) -> Result<()> {
     let until = Instant::now() + TIME;
@@ -421,8 +428,8 @@ fn unregistered(lines: &mut Lines, leaves: &[Leaf], ours: &HashSet<SlotId>) -> R
         }
         let mut found = Sample::default();
         let read = sample(oid, &[attnum], BLOCKS_ELSEWHERE, |values| {
-            let header = values[0].and_then(stale::header);
-            found.ours += u64::from(header.is_some_and(|header| ours.contains(&header.slot)));
+            let slot = values[0].and_then(elsewhere::named);
+            found.ours += u64::from(slot.is_some_and(|slot| ours.contains(&slot)));
         });
         let Some(read) = read else {
             left += 1;
@@ -438,7 +445,7 @@ fn unregistered(lines: &mut Lines, leaves: &[Leaf], ours: &HashSet<SlotId>) -> R
                 "estimate from a sample"
             };
             let place = format!("{}.{}", table::name(oid)?, cell(&row, 2));
-            let note = format!("{how}; envelopes of the key that no pass re-encrypts");
+            let note = format!("{how}; values of the key that no pass re-encrypts");
             lines.add(
                 "unregistered",
                 &place,

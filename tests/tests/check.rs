@@ -1192,3 +1192,65 @@ fn the_examples_parse() {
     looks_like_yaml(&read(COLLECTOR));
     looks_like_yaml(&read(ALERTS));
 }
+
+#[test]
+fn slots_of_lookup_keys_await_their_proof_as_others_do() {
+    let database = database("lookup_slots");
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.create_key('find', grace => '1 year', purpose => 'lookup');
+         ALTER TABLE t ADD fp bytea;
+         UPDATE t SET fp = fingerprint_col('v' || id, 'find');
+         SELECT rekey.register_fingerprint('t', 'fp', 'c', 'find', 'pii');
+         SELECT rekey.mark_compromised(active_slot, 'test') FROM rekey.keys WHERE key_name = 'find'",
+    );
+    let slot = client.text("SELECT slot_id FROM rekey.slots WHERE state = 'previous'");
+    reported(&mut client, "warning", "worker", "1 slots await");
+    mended(
+        &mut client,
+        "error",
+        &format!("slot {slot} of key find"),
+        "it is compromised",
+    );
+}
+
+#[test]
+fn a_fingerprint_in_a_default_is_found() {
+    let database = database("default_fp");
+    let mut client = database.connect();
+    client.run("SELECT rekey.create_key('find', purpose => 'lookup')");
+    let fingerprint = client.text("SELECT fingerprint_col('x', 'find')");
+    client.run(&format!(
+        "CREATE TABLE d (fp bytea DEFAULT '{fingerprint}', other bytea DEFAULT '{fingerprint}00')"
+    ));
+    assert_eq!(
+        client.column("SELECT table_name || ' ' || column_name FROM rekey.find_envelopes()"),
+        ["public.d fp (default)"]
+    );
+    mended(
+        &mut client,
+        "warning",
+        "column public.d.fp",
+        "its default is",
+    );
+}
+
+#[test]
+fn of_thousands_of_registered_tables_only_so_many_are_opened() {
+    let database = database("partitions");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE p (id int, c bytea) PARTITION BY LIST (id);
+         SELECT rekey.register_column('p', 'c');
+         DO $$ BEGIN FOR i IN 1..260 LOOP
+             EXECUTE format('CREATE TABLE p%s PARTITION OF p FOR VALUES IN (%s)', i, i);
+         END LOOP; END $$",
+    );
+    // t and 260 partitions; 256 of them are looked at.
+    reported(
+        &mut client,
+        "notice",
+        "registered tables",
+        "5 of them were not looked at",
+    );
+}

@@ -68,6 +68,28 @@ fn rows_and_bytes_are_counted_where_that_is_cheap_and_the_rows_are_those_of_the_
 }
 
 #[test]
+fn the_fingerprints_of_a_lookup_key_are_counted_too() {
+    let (_, mut admin) = database("lookup");
+    admin.run(
+        "SELECT rekey.create_key('find', purpose => 'lookup');
+         ALTER TABLE t ADD fp bytea;
+         UPDATE t SET fp = fingerprint_col('value', 'find') WHERE id <= 200;
+         CREATE TABLE copies AS SELECT fp FROM t WHERE id <= 7;
+         SELECT rekey.register_fingerprint('t', 'fp', 'c', 'find', 'pii')",
+    );
+    let mut line = |item: &str, object: &str| {
+        admin.text(&format!(
+            "SELECT figure || ' | ' || note FROM rekey.explain_rotation('find') \
+              WHERE item = '{item}' AND object = '{object}'"
+        ))
+    };
+    let rows = line("rows", "public.t");
+    assert!(rows.starts_with("200 | exact"), "{rows}");
+    let elsewhere = line("unregistered", "public.copies.fp");
+    assert!(elsewhere.starts_with("7 | exact"), "{elsewhere}");
+}
+
+#[test]
 fn large_tables_are_estimated_and_said_to_be() {
     let (_, mut admin) = database("large");
     // Two rows in a block, 2000 blocks: every second row is of the key.

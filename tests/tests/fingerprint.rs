@@ -1078,7 +1078,8 @@ fn unique_database(name: &str) -> Database<'static> {
     client.run(&format!(
         "CREATE TABLE account (
              id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, email bytea,
-             email_u1 bytea UNIQUE CHECK (rekey.fingerprint_slot_id(email_u1) = {slot}),
+             email_u1 bytea UNIQUE CHECK (email_u1 IS NULL
+                 OR coalesce(rekey.fingerprint_slot_id(email_u1), 0) = {slot}),
              CONSTRAINT email_has_u1 CHECK ((email IS NULL) = (email_u1 IS NULL)))"
     ));
     database
@@ -1097,6 +1098,78 @@ fn writer(columns: &[(&str, &str)]) -> String {
         names.join(", "),
         values.join(", ")
     )
+}
+
+/// Step 1: the second column, and the trigger that keeps an old writer from leaving it behind.
+fn second_column(slot: i64) -> String {
+    format!(
+        "ALTER TABLE account ADD COLUMN email_u2 bytea CHECK (email_u2 IS NULL
+             OR coalesce(rekey.fingerprint_slot_id(email_u2), 0) = {slot});
+         CREATE FUNCTION forget_email_u2() RETURNS trigger LANGUAGE plpgsql AS
+             'BEGIN new.email_u2 := NULL; RETURN new; END';
+         CREATE TRIGGER email_u2_follows BEFORE UPDATE ON account FOR EACH ROW
+             WHEN (new.email_u1 IS DISTINCT FROM old.email_u1
+                   AND new.email_u2 IS NOT DISTINCT FROM old.email_u2)
+             EXECUTE FUNCTION forget_email_u2()"
+    )
+}
+
+/// Step 4.
+const BOTH: &str = "ALTER TABLE account ADD CONSTRAINT email_has_u2 \
+                        CHECK ((email IS NULL) = (email_u2 IS NULL)) NOT VALID; \
+                    ALTER TABLE account VALIDATE CONSTRAINT email_has_u2";
+
+#[test]
+fn a_writer_of_the_first_unique_column_alone_never_leaves_the_second_one_behind() {
+    let database = unique_database("unique_update");
+    let mut client = database.connect();
+    let (u1, u2) = (("email_u1", "unique_1"), ("email_u2", "unique_2"));
+    client.run(&writer(&[u1]));
+    client.run("SELECT open_account('Ada'), open_account('Grace')");
+    let slot = client.number("SELECT rekey.create_key('unique_2', purpose => 'lookup')");
+    client.run(&second_column(slot));
+    client.run("CREATE UNIQUE INDEX account_email_u2 ON account (email_u2)");
+    client.run(&writer(&[u1, u2]));
+    let fill = "UPDATE account SET email_u2 = fingerprint_col(lower(decrypt_col(email)), \
+                    'unique_2') WHERE email_u2 IS NULL AND email IS NOT NULL";
+    client.run(fill);
+    let change = |from: &str, to: &str| {
+        format!(
+            "UPDATE account SET email = encrypt_col('{to}', 'pii'), \
+                    email_u1 = fingerprint_col(lower('{to}'), 'unique_1') \
+              WHERE lower(decrypt_col(email)) = '{from}'"
+        )
+    };
+    // An old writer, before step 4 and after it.
+    client.run(&change("ada", "Bob"));
+    assert_eq!(
+        client.number("SELECT count(*) FROM account WHERE email_u2 IS NULL"),
+        1
+    );
+    client.fail(BOTH, "23514");
+    client.run(fill);
+    client.run(BOTH);
+    client.fail(&change("bob", "Carol"), "23514");
+    // Writers of both may change a value, and seal the same one again.
+    for email in ["Dora", "DORA"] {
+        client.run(&format!(
+            "UPDATE account SET email = encrypt_col('{email}', 'pii'), \
+                    email_u1 = fingerprint_col(lower('{email}'), 'unique_1'), \
+                    email_u2 = fingerprint_col(lower('{email}'), 'unique_2') \
+              WHERE lower(decrypt_col(email)) IN ('bob', 'dora')"
+        ));
+    }
+    assert_eq!(
+        client.number(
+            "SELECT count(*) FROM account WHERE NOT rekey.verify_fingerprint( \
+                 lower(decrypt_col(email)), email_u2)"
+        ),
+        0
+    );
+    client.run("ALTER TABLE account DROP CONSTRAINT email_has_u1");
+    client.run(&writer(&[u2]));
+    client.fail("SELECT open_account('DORA')", "23505");
+    client.run("SELECT open_account('Ada')");
 }
 
 #[test]
@@ -1159,10 +1232,7 @@ fn a_unique_rule_holds_at_every_moment_of_a_rotation() {
         };
         moment(&mut client, "before");
         let slot = client.number("SELECT rekey.create_key('unique_2', purpose => 'lookup')");
-        client.run(&format!(
-            "ALTER TABLE account ADD COLUMN email_u2 bytea \
-                 CHECK (rekey.fingerprint_slot_id(email_u2) = {slot})"
-        ));
+        client.run(&second_column(slot));
         client.run("CREATE UNIQUE INDEX CONCURRENTLY account_email_u2 ON account (email_u2)");
         moment(&mut client, "second column");
         client.run(&writer(&[u1, u2]));
@@ -1181,6 +1251,7 @@ fn a_unique_rule_holds_at_every_moment_of_a_rotation() {
         client.run("ALTER TABLE account DROP CONSTRAINT email_has_u1");
         client.run(&writer(&[u2]));
         moment(&mut client, "writers of the new one");
+        client.run("DROP TRIGGER email_u2_follows ON account");
         client.run("ALTER TABLE account DROP COLUMN email_u1");
         client.run("SELECT rekey.shred_key('unique_1', 'replaced')");
         moment(&mut client, "after");
@@ -1204,6 +1275,15 @@ fn a_unique_column_refuses_a_rotation_in_place_instead_of_losing_the_rule() {
     client.run("SELECT rekey.rollback_rotation('unique_1')");
     client.fail("SELECT open_account('ADA')", "23505");
     client.run("SELECT open_account('Grace')");
+    // What is no fingerprint is not unique, and stays out.
+    for other in ["encrypt_col('ada', 'pii')", "'\\x00'"] {
+        client.fail(
+            &format!(
+                "INSERT INTO account (email, email_u1) VALUES (encrypt_col('ada', 'pii'), {other})"
+            ),
+            "23514",
+        );
+    }
     // As an arbiter it serves like any unique column.
     client.run(
         "INSERT INTO account (email, email_u1) VALUES (encrypt_col('ada', 'pii'), \

@@ -239,6 +239,48 @@ fn a_role_rotates_the_keys_that_it_may_rotate_and_no_others() {
 }
 
 #[test]
+fn a_privilege_that_is_taken_back_while_the_keys_are_waited_for_counts_no_more() {
+    let (database, mut admin, app) = database("revoked");
+    create(&mut admin, 2);
+    admin.run(&format!(
+        "SELECT rekey.grant_key(k, '{app}', '{{rotate}}') FROM unnest('{{tenant-1,tenant-2}}'::text[]) k"
+    ));
+    admin.run(&format!(
+        "BEGIN; SELECT rekey.revoke_key('tenant-1', '{app}', '{{rotate}}')"
+    ));
+    let mut app = database.connect_as(&app);
+    let pid = app.number("SELECT pg_backend_pid()");
+    let waiting = std::thread::spawn(move || {
+        app.text("SELECT rotated FROM rekey.rotate_keys(clock_timestamp())")
+    });
+    let mut watch = database.connect();
+    wait_until("the role waits", || {
+        watch.truth(&format!(
+            "SELECT cardinality(pg_blocking_pids({pid}::int)) > 0"
+        ))
+    });
+    admin.run("COMMIT");
+    assert_eq!(waiting.join().expect("the session"), "1");
+    assert_eq!(
+        admin.column("SELECT key_name FROM rekey.slots WHERE state = 'previous'"),
+        ["tenant-2"]
+    );
+}
+
+#[test]
+fn lookup_keys_are_rotated_by_name_only() {
+    let (_, mut admin, _) = database("lookups");
+    admin.run("SELECT rekey.create_key('unique_1', purpose => 'lookup')");
+    let step = |pattern: &str| {
+        format!(
+            "SELECT rotated || ' ' || remaining FROM rekey.rotate_keys(clock_timestamp(){pattern})"
+        )
+    };
+    assert_eq!(admin.text(&step("")), "1 0", "the template");
+    assert_eq!(admin.text(&step(", pattern => 'unique%'")), "1 0");
+}
+
+#[test]
 fn a_key_that_somebody_else_rotates_meanwhile_is_not_rotated_twice() {
     let (database, mut admin, _) = database("twice");
     create(&mut admin, 1);

@@ -303,6 +303,36 @@ fn nothing_is_stored_under_a_closed_slot_where_that_is_refused() {
 }
 
 #[test]
+fn no_fingerprint_is_stored_under_a_closed_slot_where_that_is_refused() {
+    let (_, mut admin) = database("closed_fp");
+    admin.run(
+        "SELECT rekey.create_key('find', grace => '0', purpose => 'lookup');
+         ALTER TABLE t ADD fp bytea;
+         UPDATE t SET fp = fingerprint_col('value ' || id, 'find');
+         SELECT rekey.enable_touch('t', refuse_closed => true);
+         SELECT rekey.register_fingerprint('t', 'fp', 'c', 'find', 'pii');
+         CREATE TABLE kept AS SELECT fp FROM t WHERE id = 3;
+         SELECT rotate_key('find')",
+    );
+    let insert = "INSERT INTO t (id, c, fp) \
+                  SELECT 100 + (random() * 1e6)::int, encrypt_col('value 3', 'pii'), fp FROM kept";
+    admin.run(insert);
+    admin.run("CALL rekey.reencrypt()");
+    let drained = "SELECT count(*) FROM rekey.slots WHERE key_name = 'find' AND state = 'drained'";
+    assert_eq!(admin.number(drained), 1);
+    for statement in [insert, "UPDATE t SET fp = kept.fp FROM kept WHERE id = 1"] {
+        admin
+            .refuse(statement, "55000")
+            .names("a fingerprint of slot")
+            .names("fp")
+            .hints("fingerprint_col");
+    }
+    admin.run("UPDATE t SET note = 'other', fp = fingerprint_col('value ' || id, 'find')");
+    admin.run("SELECT rekey.enable_touch('t')");
+    admin.run(insert);
+}
+
+#[test]
 fn the_trigger_follows_the_registered_columns_and_their_names() {
     let (_, mut admin) = database("columns");
     admin.run(

@@ -2,8 +2,8 @@
 //!
 //! Called by the trigger (src/api/live.rs), the backfill and finish_encrypt_column, all three of
 //! which ask the same `Plan`. A NULL in the column that is read is a NULL in the one that is
-//! written. Every plaintext is sealed, whatever it looks like. Invariant: `Plan::given` alone runs
-//! code of the table's owner; whoever calls it acts as the owner.
+//! written. Every plaintext is sealed, whatever it looks like. Invariant: expressions of the table's
+//! owner run in `Plan::given` alone; whoever calls it acts as the owner.
 
 use pgrx::pg_sys::{self, Oid};
 use rekey_core::envelope::{Envelope, Kind, split_typed};
@@ -75,6 +75,7 @@ pub struct Plan {
     source: Option<Expression>,
     context: Option<Expression>,
     runs_code: bool,
+    converts: bool,
     way: Way,
 }
 
@@ -129,6 +130,7 @@ impl Plan {
     /// Looks up and plans what `live` needs in an open table. Runs code of its owner, as planning
     /// does.
     pub fn prepare(relation: pg_sys::Relation, table: Oid, live: &Live) -> Result<Plan> {
+        registry::refuse_other_owner(live.row.table, table)?;
         let registered = registry::leaf(table)?.map_or(Vec::new(), |leaf| leaf.columns);
         let envelopes = if live.row.seals {
             live.into
@@ -161,12 +163,16 @@ impl Plan {
         }
         inputs.sort_unstable();
         inputs.dedup();
-        let way = if live.row.seals {
+        let (way, converts) = if live.row.seals {
             let given = source.as_ref().map_or(type_oid, |source| source.type_oid);
             let key = text::to_server(live.row.key.as_bytes())?.into_owned();
-            Way::Seal(key, Sealable::of(given)?)
+            let sealable = Sealable::of(given)?;
+            let of_users = !types::is_built_in(types::base_type(given));
+            (Way::Seal(key, sealable), of_users)
         } else {
-            Way::Open(Box::new(Opener::of(table, live.into)?))
+            let opener = Opener::of(table, live.into)?;
+            let converts = !opener.target.is_text();
+            (Way::Open(Box::new(opener)), converts)
         };
         Ok(Plan {
             column: live.column,
@@ -175,6 +181,7 @@ impl Plan {
             runs_code: !live.row.source.is_empty() || context.is_some(),
             source,
             context,
+            converts,
             way,
         })
     }
@@ -187,6 +194,12 @@ impl Plan {
     /// Whether `given` runs code of the table's owner.
     pub fn runs_code(&self) -> bool {
         self.runs_code
+    }
+
+    /// Whether `make` and `agrees` run functions of types, which raise what they do not like: who
+    /// goes on behind that has them in a subtransaction.
+    pub fn converts(&self) -> bool {
+        self.converts
     }
 
     /// Seals nothing once, as the current user: whether the key is there and he may.
@@ -291,7 +304,6 @@ pub fn is_of_the_row(error: &Error) -> bool {
             | Error::SlotClosed(..)
             | Error::NoCast(..)
             | Error::UnknownType(_)
-            | Error::Foreign { .. }
             | Error::NotEncodable
             | Error::TooLarge { .. }
     )

@@ -90,6 +90,16 @@ pub fn begin(new: &NewLive<'_>) -> Result<()> {
     Ok(())
 }
 
+/// A table that inherits from this one or that it inherits from, partitions apart.
+pub fn relative(oid: Oid) -> Result<Option<String>> {
+    text(
+        "SELECT (CASE inhparent WHEN $1 THEN inhrelid ELSE inhparent END)::regclass::text \
+           FROM pg_catalog.pg_inherits i JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid \
+          WHERE $1 IN (inhparent, inhrelid) AND NOT c.relispartition LIMIT 1",
+        &[Arg::Oid(oid)],
+    )
+}
+
 /// Which of these tables lacks the trigger, or has it otherwise than ALWAYS enabled.
 pub fn without_trigger(trigger: &str, tables: &[Oid]) -> Result<Option<Oid>> {
     for oid in tables {

@@ -24,7 +24,7 @@ use crate::ffi::subtransaction::Caught;
 use crate::ffi::table::{self, Table, columns_of};
 use crate::guc;
 use crate::live::{self as columns, Live, Plan};
-use crate::registry::{Leaf, LeafColumn};
+use crate::registry::{self, Leaf, LeafColumn};
 
 /// What is remembered between steps.
 #[derive(Default)]
@@ -109,6 +109,11 @@ impl Drainer {
         let name = table::name(oid)?;
         if self.announce(Book::Backfill, oid)? {
             return Ok(Some(worked(format!("{name}: begins"))));
+        }
+        for live in &lives {
+            if let Err(error) = registry::refuse_other_owner(live.row.table, oid) {
+                return Err(Unable::Refused(error.explain().0));
+            }
         }
         let begin = Instant::now();
         let table = enter(&leaf)?;
@@ -254,6 +259,7 @@ fn as_leaf(table: Oid, lives: &[Live]) -> Leaf {
         attnum: live.into,
         name: String::new(),
         context: String::new(),
+        registered: live.row.table,
         fingerprint: None,
     };
     Leaf {

@@ -808,3 +808,214 @@ fn begin_and_end_are_undone_with_their_transaction() {
     assert_eq!(admin.number(WRONG), 0);
     admin.run(FINISH);
 }
+
+/// A function that runs as a superuser and fails halfway.
+const RAISES: &str = "CREATE FUNCTION sd(v text) RETURNS boolean LANGUAGE plpgsql SECURITY DEFINER
+    AS $$BEGIN IF v LIKE 'bad%' THEN RAISE 'no'; END IF; RETURN true; END$$";
+
+#[test]
+fn a_conversion_that_fails_leaves_nobody_as_another_user() {
+    let (database, mut admin) = database("definer");
+    let role = database.role("owner");
+    admin.run(RAISES);
+    admin.run(&format!(
+        "GRANT CREATE ON SCHEMA public TO {role};
+         SELECT rekey.grant_key('pii', '{role}', '{{encrypt,decrypt}}')"
+    ));
+    let mut owner = database.connect_as(&role);
+    owner.run(&format!(
+        "CREATE FUNCTION seen(v text) RETURNS boolean LANGUAGE plpgsql AS $$
+             BEGIN IF current_user <> '{role}' THEN RAISE LOG 'ESCAPED'; RETURN false; END IF;
+             RETURN true; END $$;
+         CREATE DOMAIN d AS text CONSTRAINT a CHECK (seen(VALUE)) CONSTRAINT b CHECK (sd(VALUE));
+         CREATE TABLE d1 (id int, sealed bytea, x int, plain d);
+         INSERT INTO d1 SELECT i, encrypt_col('bad' || i, 'pii') FROM generate_series(1, 2) i;
+         INSERT INTO d1 VALUES (3, encrypt_col('good', 'pii'));
+         SELECT rekey.register_column('d1', 'sealed');
+         SELECT rekey.decrypt_column('d1', 'sealed', 'plain');
+         UPDATE d1 SET x = 1",
+    ));
+    assert_eq!(owner.text("SELECT current_user::text"), role);
+    owner.run("CALL rekey.reencrypt('d1')");
+    assert_eq!(owner.text("SELECT current_user::text"), role);
+    let filled = "SELECT plain::text FROM d1 WHERE plain IS NOT NULL";
+    assert_eq!(owner.column(filled), ["good"]);
+    owner
+        .refuse(
+            "SELECT rekey.finish_decrypt_column('d1', 'sealed')",
+            "55000",
+        )
+        .names("Missing in \"plain\": 2");
+    assert_eq!(owner.text("SELECT current_user::text"), role);
+    assert!(
+        !cluster().log().contains("ESCAPED"),
+        "code of an owner ran as somebody else"
+    );
+}
+
+#[test]
+fn a_partition_of_another_owner_is_no_way_to_his_privileges() {
+    let (database, mut admin) = database("leaf_owner");
+    let role = database.role("owner");
+    admin.run(&format!(
+        "GRANT CREATE ON SCHEMA public TO {role};
+         SELECT rekey.grant_key('pii', '{role}', '{{encrypt}}');
+         CREATE TABLE secret AS SELECT 11 AS id, encrypt_col('secret', 'pii') AS s;
+         GRANT SELECT ON secret TO {role}"
+    ));
+    let mut owner = database.connect_as(&role);
+    owner.run(
+        "CREATE TABLE p (id int, s bytea) PARTITION BY RANGE (id);
+         CREATE FUNCTION who(v text) RETURNS text IMMUTABLE LANGUAGE plpgsql AS
+             $$BEGIN RAISE LOG 'who is %', current_user; RETURN v; END$$;
+         CREATE TABLE q (id int, email text) PARTITION BY RANGE (id);
+         CREATE TABLE r (id int, s bytea) PARTITION BY RANGE (id)",
+    );
+    admin.run(
+        "CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (10) TO (20);
+         CREATE TABLE r1 PARTITION OF r FOR VALUES FROM (10) TO (20)",
+    );
+    owner.run("INSERT INTO p SELECT id, s FROM secret; SELECT rekey.register_column('p', 's')");
+    owner
+        .refuse("SELECT rekey.decrypt_column('p', 's', 'plain')", "55000")
+        .names("public.p1")
+        .hints(&role);
+    owner
+        .refuse(
+            "SELECT rekey.register_column('r', 's', 'public.who(id::text)')",
+            "55000",
+        )
+        .hints("OWNER TO");
+    // One that comes later: nothing of it is filled, opened or run.
+    owner.run(
+        "SELECT rekey.encrypt_column('q', 'email', 's', 'pii', 'public.who(id::text)');
+         DROP TABLE r; CREATE TABLE r (id int, s bytea) PARTITION BY RANGE (id);
+         SELECT rekey.register_column('r', 's', 'public.who(id::text)')",
+    );
+    admin.run(
+        "CREATE TABLE q1 PARTITION OF q FOR VALUES FROM (10) TO (20);
+         CREATE TABLE r1 PARTITION OF r FOR VALUES FROM (10) TO (20)",
+    );
+    owner
+        .refuse("INSERT INTO q VALUES (11, 'x')", "55000")
+        .names("public.q1");
+    admin.run(
+        "ALTER TABLE q DISABLE TRIGGER USER; INSERT INTO q VALUES (11, 'x');
+         INSERT INTO r VALUES (11, encrypt_col('x', 'pii', '11'));
+         SELECT rekey.enable_touch('r'); SELECT rotate_key('pii');
+         UPDATE r SET id = 12; CALL rekey.reencrypt('q'); CALL rekey.reencrypt('r')",
+    );
+    assert_eq!(admin.number("SELECT count(s) FROM q"), 0);
+    let trigger = admin.text("SELECT trigger_name FROM rekey.live_columns");
+    admin.run(&format!("ALTER TABLE q ENABLE ALWAYS TRIGGER {trigger}"));
+    admin
+        .refuse("SELECT rekey.finish_encrypt_column('q', 'email')", "55000")
+        .names("public.q1");
+    assert!(!cluster().log().contains("who is postgres"));
+    // With one owner all goes on.
+    admin.run(&format!(
+        "ALTER TABLE q1 OWNER TO {role}; SELECT rekey.grant_key('pii', '{role}', '{{decrypt}}')"
+    ));
+    owner.run("CALL rekey.reencrypt('q'); SELECT rekey.finish_encrypt_column('q', 'email')");
+}
+
+#[test]
+fn a_sealed_type_name_runs_no_code_of_whoever_sealed() {
+    let (database, mut admin) = database("evil_types");
+    let role = database.role("sealer");
+    admin.run(&format!(
+        "GRANT CREATE ON SCHEMA public TO {role};
+         SELECT rekey.grant_key('pii', '{role}', '{{encrypt}}');
+         CREATE TABLE n (id int, c bytea); GRANT INSERT ON n TO {role};
+         SELECT rekey.register_column('n', 'c')"
+    ));
+    database.connect_as(&role).run(
+        "CREATE FUNCTION spy() RETURNS void LANGUAGE plpgsql AS
+             $$BEGIN RAISE LOG 'spy as %', current_user; END$$;
+         CREATE TYPE evil AS (x int);
+         CREATE FUNCTION f(evil) RETURNS numeric LANGUAGE plpgsql AS
+             'BEGIN PERFORM public.spy(); RETURN 1; END';
+         CREATE CAST (evil AS numeric) WITH FUNCTION f(evil) AS ASSIGNMENT;
+         CREATE TYPE later AS ENUM ('1');
+         INSERT INTO n VALUES (1, encrypt_col(ROW(1)::evil, 'pii')),
+                              (2, encrypt_col('1'::later, 'pii'));
+         DROP TYPE later;
+         CREATE FUNCTION g(numeric) RETURNS boolean LANGUAGE plpgsql AS
+             'BEGIN PERFORM public.spy(); RETURN true; END';
+         CREATE DOMAIN later AS numeric CHECK (g(VALUE))",
+    );
+    for id in [1, 2] {
+        admin.refuse(
+            &format!("SELECT decrypt_col_as(c, NULL::numeric) FROM n WHERE id = {id}"),
+            "42501",
+        );
+    }
+    admin.run("SELECT rekey.decrypt_column('n', 'c', 'plain'); CALL rekey.reencrypt('n')");
+    assert_eq!(
+        admin.number("SELECT count(plain) FROM n"),
+        2,
+        "text needs no code"
+    );
+    assert!(!cluster().log().contains("spy as postgres"));
+    // What the reader names himself he reads, and casts of his own serve him.
+    admin.run(
+        "CREATE TYPE mine AS (x int); INSERT INTO n VALUES (3, encrypt_col(ROW(7)::mine, 'pii'))",
+    );
+    let opened = "SELECT (decrypt_col_as(c, NULL::mine)).x FROM n WHERE id = 3";
+    assert_eq!(admin.number(opened), 7);
+    admin.run(
+        "CREATE FUNCTION h(mine) RETURNS numeric LANGUAGE sql AS 'SELECT ($1).x::numeric';
+         CREATE CAST (mine AS numeric) WITH FUNCTION h(mine) AS ASSIGNMENT",
+    );
+    let cast = "SELECT decrypt_col_as(c, NULL::numeric)::int FROM n WHERE id = 3";
+    assert_eq!(admin.number(cast), 7);
+}
+
+#[test]
+fn tables_tied_by_inheritance_are_refused() {
+    let (_, mut admin) = database("inherits");
+    admin.run("CREATE TABLE c () INHERITS (t); INSERT INTO c VALUES (30, 'of the child')");
+    admin.refuse(BEGIN, "55000").names("inheritance");
+    admin
+        .refuse(
+            "SELECT rekey.encrypt_column('c', 'email', 's', 'pii')",
+            "55000",
+        )
+        .names("inheritance");
+    admin.run("ALTER TABLE c NO INHERIT t");
+    admin.run(BEGIN);
+    fill(&mut admin);
+    admin.run("ALTER TABLE c ADD COLUMN sealed bytea; ALTER TABLE c INHERIT t");
+    admin.refuse(FINISH, "55000").names("inheritance");
+    admin.run("ALTER TABLE c NO INHERIT t");
+    admin.run(FINISH);
+}
+
+#[test]
+fn the_end_knows_every_partition_or_is_refused() {
+    let (database, mut admin) = database("late_partitions");
+    admin.run(
+        "CREATE EXTENSION postgres_fdw; CREATE SERVER s FOREIGN DATA WRAPPER postgres_fdw;
+         CREATE TABLE p (id int, email text) PARTITION BY RANGE (id);
+         CREATE TABLE mid PARTITION OF p FOR VALUES FROM (0) TO (100) PARTITION BY RANGE (id);
+         CREATE TABLE p1 PARTITION OF mid FOR VALUES FROM (0) TO (10);
+         INSERT INTO p VALUES (1, 'x');
+         SELECT rekey.encrypt_column('p', 'email', 's', 'pii'); CALL rekey.reencrypt('p');
+         CREATE FOREIGN TABLE far PARTITION OF p FOR VALUES FROM (100) TO (200) SERVER s",
+    );
+    let finish = "SELECT rekey.finish_encrypt_column('p', 'email')";
+    admin.refuse(finish, "55000").names("public.far");
+    admin.run(
+        "ALTER TABLE p DETACH PARTITION far;
+         CREATE TABLE late (id int, email text, s bytea); INSERT INTO late VALUES (11, 'late')",
+    );
+    // Nobody attaches one at any level while the end looks.
+    admin.run(&format!("BEGIN; {finish}"));
+    let mut other = database.connect();
+    other.run("SET lock_timeout = '100ms'");
+    let attach = "ALTER TABLE mid ATTACH PARTITION late FOR VALUES FROM (10) TO (20)";
+    other.fail(attach, "55P03");
+    admin.run("ROLLBACK");
+    other.run(attach);
+    admin.refuse(finish, "55000").names("Missing in \"s\": 1");
+}

@@ -26,6 +26,9 @@ use crate::live::{self as columns, Live, Plan};
 use crate::typed::Target;
 use crate::{guc, registry};
 
+/// Live columns of one table: two columns each, of the 64 that `Table::scan` gives.
+const MOST: usize = 32;
+
 fn state(message: String, detail: &str, hint: &str) -> Error {
     Error::State(message, detail.to_string(), hint.to_string())
 }
@@ -131,6 +134,13 @@ impl Begun {
         let attnum = self.readable(oid, &name, &column)?;
         refuse_live(oid, &column)?;
         refuse_live(oid, &into)?;
+        if columns::of(oid)?.len() >= MOST {
+            return Err(state(
+                format!("{name} has {MOST} live columns already"),
+                "The worker looks at no more of a row.",
+                "End one of them first.",
+            ));
+        }
         if column == into {
             return Err(Error::Argument(
                 "column_name and into_column are one column".to_string(),
@@ -254,6 +264,7 @@ impl Begun {
 
 /// The live column of a table of which the named column is either half.
 fn find(oid: Oid, column: &str) -> Result<Option<Live>> {
+    live::forget_lost(oid)?;
     let number = relation::column_number(oid, column);
     let mut lives = columns::of(oid)?;
     lives.retain(|live| Some(live.column) == number || Some(live.into) == number);

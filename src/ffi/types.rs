@@ -318,6 +318,24 @@ pub fn same(
     }
 }
 
+/// Whether two values are equal as their type says: 1.5 and 1.50 are. A type without an equality
+/// has no equal values.
+pub fn equal(type_oid: pg_sys::Oid, one: pg_sys::Datum, other: pg_sys::Datum) -> Result<bool> {
+    guarded("its type's equality failed", || {
+        // SAFETY: the cache's entry is never freed; the function takes two values of the type.
+        unsafe {
+            let flags = pg_sys::TYPECACHE_EQ_OPR_FINFO as c_int;
+            let entry = pg_sys::lookup_type_cache(type_oid, flags);
+            if (*entry).eq_opr_finfo.fn_oid == pg_sys::InvalidOid {
+                return false;
+            }
+            let collation = pg_sys::get_typcollation(type_oid);
+            let function = &raw mut (*entry).eq_opr_finfo;
+            pg_sys::FunctionCall2Coll(function, collation, one, other).value() != 0
+        }
+    })
+}
+
 /// A type's name for people.
 pub fn display_name(type_oid: pg_sys::Oid) -> String {
     // SAFETY: returns a fresh C string.

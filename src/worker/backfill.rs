@@ -6,7 +6,7 @@
 //! locked or their values cannot be had, is followed by another. Batches, their locks and the
 //! owner's code are those of src/worker/rewrite.rs.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,8 @@ pub struct Backfill {
     touched: HashMap<Oid, Range<u32>>,
     /// Tables whose last pass has skipped rows: how often in a row, until when, why.
     waiting: HashMap<Oid, (u32, Instant, String)>,
+    /// Tables that this run has entered.
+    entered: HashSet<Oid>,
     /// A row of the running pass that fails, and how.
     failing: HashMap<Oid, String>,
 }
@@ -101,7 +103,11 @@ impl Drainer {
         let lives = columns::of(oid)?;
         let wave = wave(&lives);
         let known = work::pass(Book::Backfill, oid)?.filter(|pass| pass.wave == wave);
-        if known.is_some() && live::left_over(oid)?.is_none() {
+        let done = known.is_some() && live::left_over(oid)?.is_none();
+        // Whoever names the table looks again, once: rows may have come by while the trigger was
+        // disabled.
+        let again = done && self.only.is_some() && !self.backfill.entered.contains(&oid);
+        if done && !again {
             return Ok(None);
         }
         let leaf = as_leaf(oid, &lives);
@@ -117,6 +123,11 @@ impl Drainer {
         }
         let begin = Instant::now();
         let table = enter(&leaf)?;
+        self.backfill.entered.insert(oid);
+        if again {
+            live::pass_again(oid, table.blocks())?;
+            return Ok(Some(worked(format!("{name}: begins again"))));
+        }
         let file = table.file();
         let pass = match known.filter(|pass| pass.file == file) {
             Some(pass) => pass,

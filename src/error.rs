@@ -405,9 +405,9 @@ impl Error {
                 "The type's name is part of the sealed value.".to_string(),
                 "decrypt_col returns its text form without the type.".to_string(),
             ),
-            // Its own SQLSTATE takes the place of this one: see `raise`.
-            Error::Foreign { what, .. } => (
-                ERRCODE_INTERNAL_ERROR,
+            // One that users have made takes the place of this one: see `raise`.
+            Error::Foreign { code, what } => (
+                Code::from(code),
                 format!("the value could not be converted: {what}"),
                 "The original message is withheld, since it may quote the value.".to_string(),
                 "Check that the value fits the type that was asked for.".to_string(),

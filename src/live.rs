@@ -2,8 +2,8 @@
 //!
 //! Called by the trigger (src/api/live.rs), the backfill and finish_encrypt_column, all three of
 //! which ask the same `Plan`. A NULL in the column that is read is a NULL in the one that is
-//! written. Every plaintext is sealed, whatever it looks like. Invariant: `Plan::given` alone runs
-//! code of the table's owner; whoever calls it acts as the owner.
+//! written. Every plaintext is sealed, whatever it looks like. Invariant: expressions of the table's
+//! owner run in `Plan::given` alone; whoever calls it acts as the owner.
 
 use pgrx::pg_sys::{self, Oid};
 use rekey_core::envelope::{Envelope, Kind, split_typed};
@@ -75,6 +75,7 @@ pub struct Plan {
     source: Option<Expression>,
     context: Option<Expression>,
     runs_code: bool,
+    converts: bool,
     way: Way,
 }
 
@@ -88,6 +89,7 @@ enum Way {
 /// What opened values become.
 struct Opener {
     target: Target,
+    base: Oid,
     /// For the text form, by which values are compared.
     form: Sealable,
     /// Of a column with a type modifier: its type's functions, and the modifier.
@@ -101,6 +103,7 @@ impl Opener {
         let typmod = relation::column_typmod(table, column);
         Ok(Opener {
             target: Target::of(type_oid)?,
+            base,
             form: Sealable::of(type_oid)?,
             fit: (typmod != -1).then(|| {
                 let (output, input) = (Function::output_of(base), Function::input_of(base));
@@ -109,13 +112,30 @@ impl Opener {
         })
     }
 
+    /// The value as it was sealed.
     fn open(&self, envelope: pg_sys::Datum, context: &[u8]) -> Result<pg_sys::Datum> {
-        let (kind, mut payload) = opened(envelope, context, Binding::OfTheValue)?;
-        let value = self.target.value(kind, payload.data())?;
+        let (kind, mut payload) = opened(envelope, context)?;
+        self.target.value(kind, payload.data())
+    }
+
+    /// The value as its column takes it, which may be rounded or cut.
+    fn fitted(&self, value: pg_sys::Datum) -> Result<pg_sys::Datum> {
         match &self.fit {
             Some((output, input, typmod)) => input.input_as(output.output(value)?, *typmod),
             None => Ok(value),
         }
+    }
+
+    /// Whether the column holds the value: in its form, with nothing lost.
+    fn holds(&self, value: pg_sys::Datum, stored: pg_sys::Datum) -> Result<bool> {
+        let alike = |one, other| -> Result<bool> {
+            Ok(self.form.payload(one)?.2 == self.form.payload(other)?.2)
+        };
+        if self.fit.is_none() {
+            return alike(value, stored);
+        }
+        Ok(alike(self.fitted(value)?, stored)?
+            && (alike(value, stored)? || types::equal(self.base, value, stored)?))
     }
 }
 
@@ -129,6 +149,7 @@ impl Plan {
     /// Looks up and plans what `live` needs in an open table. Runs code of its owner, as planning
     /// does.
     pub fn prepare(relation: pg_sys::Relation, table: Oid, live: &Live) -> Result<Plan> {
+        registry::refuse_other_owner(live.row.table, table)?;
         let registered = registry::leaf(table)?.map_or(Vec::new(), |leaf| leaf.columns);
         let envelopes = if live.row.seals {
             live.into
@@ -161,12 +182,16 @@ impl Plan {
         }
         inputs.sort_unstable();
         inputs.dedup();
-        let way = if live.row.seals {
+        let (way, converts) = if live.row.seals {
             let given = source.as_ref().map_or(type_oid, |source| source.type_oid);
             let key = text::to_server(live.row.key.as_bytes())?.into_owned();
-            Way::Seal(key, Sealable::of(given)?)
+            let sealable = Sealable::of(given)?;
+            let of_users = !types::is_built_in(types::base_type(given));
+            (Way::Seal(key, sealable), of_users)
         } else {
-            Way::Open(Box::new(Opener::of(table, live.into)?))
+            let opener = Opener::of(table, live.into)?;
+            let converts = !opener.target.is_text();
+            (Way::Open(Box::new(opener)), converts)
         };
         Ok(Plan {
             column: live.column,
@@ -175,6 +200,7 @@ impl Plan {
             runs_code: !live.row.source.is_empty() || context.is_some(),
             source,
             context,
+            converts,
             way,
         })
     }
@@ -187,6 +213,12 @@ impl Plan {
     /// Whether `given` runs code of the table's owner.
     pub fn runs_code(&self) -> bool {
         self.runs_code
+    }
+
+    /// Whether `make` and `agrees` run functions of types, which raise what they do not like: who
+    /// goes on behind that has them in a subtransaction.
+    pub fn converts(&self) -> bool {
+        self.converts
     }
 
     /// Seals nothing once, as the current user: whether the key is there and he may.
@@ -227,7 +259,10 @@ impl Plan {
                 let (kind, prefix, body) = sealable.payload(value)?;
                 sealing::seal(key, &given.context, kind, prefix, &body).map(Some)
             }
-            Way::Open(opener) => opener.open(value, &given.context).map(Some),
+            Way::Open(opener) => {
+                let value = opener.open(value, &given.context)?;
+                opener.fitted(value).map(Some)
+            }
         }
     }
 
@@ -243,8 +278,7 @@ impl Plan {
         };
         match &self.way {
             Way::Seal(_, sealable) => {
-                // Readers will pass the column's context, whatever the envelope says of its own.
-                let (kind, mut payload) = opened(stored, context, Binding::OfTheColumn)?;
+                let (kind, mut payload) = opened(stored, context)?;
                 let (expected, _, body) = sealable.payload(value)?;
                 let form = match kind {
                     Kind::Typed => split_typed(payload.data())?.1,
@@ -252,28 +286,15 @@ impl Plan {
                 };
                 Ok(kind == expected && form == &*body)
             }
-            Way::Open(opener) => {
-                let expected = opener.open(value, context)?;
-                Ok(opener.form.payload(expected)?.2 == opener.form.payload(stored)?.2)
-            }
+            Way::Open(opener) => opener.holds(opener.open(value, context)?, stored),
         }
     }
 }
 
-/// With which context an envelope is opened.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Binding {
-    /// That of its column: an envelope that is not bound to it is an error.
-    OfTheColumn,
-    /// That of its column, or none when the envelope has none.
-    OfTheValue,
-}
-
-/// Kind and payload of an envelope.
-fn opened(envelope: pg_sys::Datum, context: &[u8], binding: Binding) -> Result<(Kind, Varlena)> {
+/// Kind and payload of an envelope that is bound to its column's context, as its readers will open
+/// it, whatever the envelope says of its own.
+fn opened(envelope: pg_sys::Datum, context: &[u8]) -> Result<(Kind, Varlena)> {
     let envelope = Envelope::parse(text::detoasted(envelope))?;
-    let unbound = binding == Binding::OfTheValue && !envelope.header.context_bound;
-    let context = if unbound { b"" } else { context };
     let payload = sealing::open(&envelope, context)?;
     Ok((envelope.header.kind, payload))
 }
@@ -291,7 +312,6 @@ pub fn is_of_the_row(error: &Error) -> bool {
             | Error::SlotClosed(..)
             | Error::NoCast(..)
             | Error::UnknownType(_)
-            | Error::Foreign { .. }
             | Error::NotEncodable
             | Error::TooLarge { .. }
     )

@@ -9,8 +9,8 @@
 use pgrx::pg_sys::{self, Oid};
 
 use crate::catalog::read;
-use crate::error::Result;
-use crate::ffi::relation;
+use crate::error::{Error, Result};
+use crate::ffi::{relation, session};
 use crate::stale::Holds;
 
 /// A table that stores rows, with its registered columns.
@@ -31,11 +31,22 @@ pub struct LeafColumn {
     pub name: String,
     /// Expression of the context; empty for none.
     pub context: String,
+    /// Table that it was registered for: the leaf, or the partitioned one above it.
+    pub registered: Oid,
     /// How to make a fingerprint again, in a column of fingerprints; None in one of envelopes.
     pub fingerprint: Option<FingerprintColumn>,
 }
 
 impl LeafColumn {
+    /// Refuses a column whose expressions are another role's than its table's owner's.
+    pub fn refuse_other_owner(&self, table: Oid) -> Result<()> {
+        let fingerprint = self.fingerprint.as_ref();
+        if self.context.is_empty() && fingerprint.is_none_or(|of| of.normalise.is_empty()) {
+            return Ok(());
+        }
+        refuse_other_owner(self.registered, table)
+    }
+
     /// What the column stores.
     pub fn holds(&self) -> Holds {
         match self.fingerprint {
@@ -47,8 +58,6 @@ impl LeafColumn {
 
 /// How the fingerprints of a column are made.
 pub struct FingerprintColumn {
-    /// Table that it was registered for: the leaf, or the partitioned one above it.
-    pub registered: Oid,
     /// Number of the sealed column beside it, which is registered too.
     pub sealed: i16,
     /// Lookup key.
@@ -156,7 +165,6 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
             let sealed = sealed.as_deref();
             let sealed = sealed.and_then(|sealed| relation::column_number(table, sealed));
             let fingerprint = row.fingerprint.as_ref().map(|of| FingerprintColumn {
-                registered: row.table,
                 sealed: sealed.unwrap_or(0),
                 key: of.key.clone(),
                 sealed_key: of.sealed_key.clone(),
@@ -166,6 +174,7 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
                 attnum,
                 name: name.clone(),
                 context: row.context.clone(),
+                registered: row.table,
                 fingerprint,
             };
             match leaves.iter_mut().find(|leaf| leaf.table == table) {
@@ -192,7 +201,7 @@ pub fn leaves() -> Result<(Vec<Leaf>, Vec<Trouble>)> {
             if !leaf.columns.iter().any(is_sealed) {
                 troubles.push(Trouble {
                     table: crate::ffi::table::name(leaf.table)?,
-                    registered: of.registered,
+                    registered: column.registered,
                     column: column.name.clone(),
                     what: format!(
                         "the sealed column beside \"{}\" is gone or not registered",
@@ -225,6 +234,7 @@ pub fn leaf(table: Oid) -> Result<Option<Leaf>> {
                 attnum,
                 name,
                 context: row.context.clone(),
+                registered: row.table,
                 fingerprint: None,
             });
         }
@@ -257,6 +267,25 @@ fn registered_for(table: Oid) -> Result<Vec<(read::RegisteredRow, i16, String)>>
         relation::is_bytea(table, number).then_some((row, number, name))
     };
     Ok(rows.into_iter().filter_map(here).collect())
+}
+
+/// Refuses a leaf that belongs to another role than the table `root` above it: an expression that
+/// was given for the root is its owner's code, and would run with the privileges of the leaf's.
+pub fn refuse_other_owner(root: Oid, leaf: Oid) -> Result<()> {
+    let owner = relation::owner_of(root);
+    if owner == relation::owner_of(leaf) {
+        return Ok(());
+    }
+    let owner = owner.map_or(String::new(), session::role_name);
+    let (root, leaf) = (
+        crate::ffi::table::name(root)?,
+        crate::ffi::table::name(leaf)?,
+    );
+    Err(Error::State(
+        format!("partition {leaf} belongs to another role than {root}"),
+        "What was begun or registered for a partitioned table runs as its owner.".to_string(),
+        format!("ALTER TABLE {leaf} OWNER TO \"{owner}\"."),
+    ))
 }
 
 /// Why a table cannot be re-encrypted safely, if so: asked at registration and again before each

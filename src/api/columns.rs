@@ -199,6 +199,9 @@ pub(super) fn register(
     own(oid)?;
     for leaf in relation::leaves(oid) {
         if leaf != oid {
+            if !context.is_empty() || fingerprint.is_some_and(|of| !of.normalise.is_empty()) {
+                registry::refuse_other_owner(oid, leaf)?;
+            }
             check(leaf, column, context, fire_triggers, holds)?;
         }
     }

@@ -22,9 +22,12 @@ use crate::ffi::subtransaction::{Caught, subtransaction};
 use crate::ffi::table::{self, Snapshot, Table, Tid, columns_of};
 use crate::ffi::trigger::TriggerCall;
 use crate::ffi::{hooks, relation};
-use crate::live::{self as columns, Given, Live, Plan};
+use crate::live::{self as columns, Live, Plan};
 use crate::typed::Target;
 use crate::{guc, registry};
+
+/// Live columns of one table: two columns each, of the 64 that `Table::scan` gives.
+const MOST: usize = 32;
 
 fn state(message: String, detail: &str, hint: &str) -> Error {
     Error::State(message, detail.to_string(), hint.to_string())
@@ -127,9 +130,17 @@ impl Begun {
                 "Name the partitioned table: its partitions are in.",
             ));
         }
+        refuse_inheritance(oid, &name)?;
         let attnum = self.readable(oid, &name, &column)?;
         refuse_live(oid, &column)?;
         refuse_live(oid, &into)?;
+        if columns::of(oid)?.len() >= MOST {
+            return Err(state(
+                format!("{name} has {MOST} live columns already"),
+                "The worker looks at no more of a row.",
+                "End one of them first.",
+            ));
+        }
         if column == into {
             return Err(Error::Argument(
                 "column_name and into_column are one column".to_string(),
@@ -253,6 +264,7 @@ impl Begun {
 
 /// The live column of a table of which the named column is either half.
 fn find(oid: Oid, column: &str) -> Result<Option<Live>> {
+    live::forget_lost(oid)?;
     let number = relation::column_number(oid, column);
     let mut lives = columns::of(oid)?;
     lives.retain(|live| Some(live.column) == number || Some(live.into) == number);
@@ -280,25 +292,43 @@ pub(super) fn refuse_live(oid: Oid, column: &str) -> Result<()> {
     ))
 }
 
+/// Refuses a table that inherits, or from which others inherit, but for partitions: columns and
+/// their drops pass between the two, triggers do not.
+fn refuse_inheritance(oid: Oid, name: &str) -> Result<()> {
+    let Some(other) = live::relative(oid)? else {
+        return Ok(());
+    };
+    Err(state(
+        format!("{name} and {other} are tied by inheritance"),
+        "Its columns and their drops pass between the two, the trigger does not.",
+        "ALTER TABLE ... NO INHERIT first, or use partitions.",
+    ))
+}
+
 fn finish(call: &Call, seals: bool) -> Result<Reply> {
     let oid = call.required_oid(0, "table_name")?;
     let column = call.required_name(1, "column_name")?;
     own(oid)?;
     // ShareUpdateExclusiveLock, to the end: readers and writers go on; nobody drops or disables the
-    // trigger, truncates or rewrites a table, attaches or detaches one.
-    let mut tables = vec![oid];
-    tables.extend(
-        relation::leaves(oid)
-            .into_iter()
-            .filter(|leaf| *leaf != oid),
-    );
-    for table in &tables {
-        if let Some(open) = relation::lock(*table) {
-            relation::close(open);
+    // trigger, truncates or rewrites a table, attaches or detaches one at any level.
+    let mut tables: Vec<Oid> = Vec::new();
+    loop {
+        let mut members = relation::members(oid);
+        members.retain(|member| !tables.contains(member));
+        if members.is_empty() {
+            break;
+        }
+        for member in members {
+            if let Some(open) = relation::lock(member) {
+                relation::close(open);
+            }
+            tables.push(member);
         }
     }
+    tables.retain(|table| relation::exists(*table));
     own(oid)?;
     let name = table::name(oid)?;
+    refuse_inheritance(oid, &name)?;
     let number = relation::column_number(oid, &column);
     let live = find(oid, &column)?;
     let live = live.filter(|live| live.row.seals == seals && Some(live.column) == number);
@@ -371,11 +401,13 @@ fn check(oid: Oid, trigger: &str) -> Result<Checked> {
     for leaf in relation::leaves(oid) {
         let lives = columns::of(leaf)?;
         let live = lives.iter().find(|live| live.row.trigger == trigger);
-        let (Some(live), Some(table)) = (live, Table::open_for_scan(leaf)) else {
+        let table = Table::open_for_scan(leaf).filter(Table::is_heap);
+        let (Some(live), Some(table)) = (live, table) else {
             return Err(state(
                 format!("{} cannot be read", table::name(leaf)?),
-                "Somebody has it locked, or its columns are not those of the table above it.",
-                "Try again.",
+                "Somebody has it locked, its columns are not those of the table above it, or it is \
+                 no heap table: of another server's rows nothing is known.",
+                "Try again, or detach it.",
             ));
         };
         let _owner = ActAs::restricted(table.owner());
@@ -404,7 +436,7 @@ impl Checked {
             let given = plan.given(row)?;
             plan.agrees(given.as_ref(), stored)
         };
-        let outcome = if plan.runs_code() {
+        let outcome = if plan.runs_code() || plan.converts() {
             match subtransaction(look) {
                 Ok(outcome) => outcome,
                 Err(caught) if caught.is_grave() => return Err(Error::Owner(caught.0)),
@@ -490,9 +522,9 @@ fn live(fcinfo: FunctionCallInfo) -> Reply {
             // Emptied by a statement that says nothing of the other column.
             (None, Some(_)) if changed && same(&[plan.into]) => None,
             (None, _) => return Ok(trigger.store_with(&[])),
-            (Some(_), None) if !changed => match fresh(&trigger, plan) {
+            (Some(_), None) if !changed => match fresh(&trigger, plan, true) {
                 Ok(Ok(value)) => value,
-                Err(Error::Owner(code)) if Caught(code).is_grave() => {
+                Err(Error::Owner(code)) | Ok(Err(Caught(code))) if Caught(code).is_grave() => {
                     return Err(Error::Owner(code));
                 }
                 // What fails now has failed before, and is not the affair of whoever updates the
@@ -501,7 +533,7 @@ fn live(fcinfo: FunctionCallInfo) -> Reply {
             },
             // Written by a statement that leaves the other one alone: its application's affair.
             (Some(_), Some(_)) if !changed => return Ok(trigger.store_with(&[])),
-            (Some(_), _) => match fresh(&trigger, plan)? {
+            (Some(_), _) => match fresh(&trigger, plan, false)? {
                 Ok(value) => value,
                 Err(caught) => return Err(not_to_be_had(&trigger, plan, caught)?),
             },
@@ -527,10 +559,12 @@ fn plan_of(trigger: &TriggerCall) -> Result<Plan> {
     Plan::prepare(trigger.relation(), table, live)
 }
 
-/// The value for the row as it is to be stored; the inner error is that of the owner's code.
+/// The value for the row as it is to be stored; the inner error is that of the owner's code, or,
+/// where the statement `goes_on` without a value, of the types'.
 fn fresh(
     trigger: &TriggerCall,
     plan: &Plan,
+    goes_on: bool,
 ) -> Result<std::result::Result<Option<pg_sys::Datum>, Caught>> {
     let given = if plan.runs_code() {
         match as_owner(trigger, || plan.given(trigger.new_row()))? {
@@ -540,15 +574,19 @@ fn fresh(
     } else {
         plan.given(trigger.new_row())?
     };
-    let make = |given: &Given| plan.make(given);
     let Some(given) = given else {
         return Ok(Ok(None));
     };
-    if plan.seals() {
-        let _owner = ActAs::restricted(trigger.table_owner());
-        make(&given).map(Ok)
+    let make = || {
+        let _owner = plan
+            .seals()
+            .then(|| ActAs::restricted(trigger.table_owner()));
+        plan.make(&given)
+    };
+    if goes_on && plan.converts() {
+        subtransaction(make).map_or_else(|caught| Ok(Err(caught)), |made| made.map(Ok))
     } else {
-        make(&given).map(Ok)
+        make().map(Ok)
     }
 }
 

@@ -240,6 +240,7 @@ impl Plan {
         for column in &leaf.columns {
             plan.contexts.push(match column.context.as_str() {
                 "" => Context::Unbound,
+                _ if column.refuse_other_owner(trigger.table()).is_err() => Context::Unusable,
                 text => as_owner(trigger, || {
                     Expression::prepare(trigger.relation(), text, &plan.columns)
                 })?

@@ -71,11 +71,11 @@ pub fn begin(new: &NewLive<'_>) -> Result<()> {
     let (trigger, name) = (new.trigger, table::name(new.table)?);
     let (column, into) = (quoted(new.column.0), quoted(new.into.0));
     for sql in [
-        // The condition ties the trigger to both columns: neither goes, nor changes its type, while
+        // IS NOT NULL would be false of a composite value with a NULL in it. The condition ties the trigger to both columns: neither goes, nor changes its type, while
         // it is there.
         format!(
             "CREATE TRIGGER {trigger} BEFORE INSERT OR UPDATE ON {name} FOR EACH ROW \
-             WHEN (NEW.{column} IS NOT NULL OR NEW.{into} IS NOT NULL) \
+             WHEN (NEW.{column} IS DISTINCT FROM NULL OR NEW.{into} IS DISTINCT FROM NULL) \
              EXECUTE FUNCTION rekey.live()"
         ),
         format!("ALTER TABLE {name} ENABLE ALWAYS TRIGGER {trigger}"),
@@ -88,6 +88,16 @@ pub fn begin(new: &NewLive<'_>) -> Result<()> {
         run(&sql, &[])?;
     }
     Ok(())
+}
+
+/// A table that inherits from this one or that it inherits from, partitions apart.
+pub fn relative(oid: Oid) -> Result<Option<String>> {
+    text(
+        "SELECT (CASE inhparent WHEN $1 THEN inhrelid ELSE inhparent END)::regclass::text \
+           FROM pg_catalog.pg_inherits i JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid \
+          WHERE $1 IN (inhparent, inhrelid) AND NOT c.relispartition LIMIT 1",
+        &[Arg::Oid(oid)],
+    )
 }
 
 /// Which of these tables lacks the trigger, or has it otherwise than ALWAYS enabled.
@@ -132,6 +142,21 @@ pub fn forget_dropped() -> Result<()> {
     Ok(())
 }
 
+/// Forgets live columns of a table whose trigger is gone under another name.
+pub fn forget_lost(oid: Oid) -> Result<()> {
+    let forgotten = run(
+        "DELETE FROM rekey.live_column l WHERE l.table_name::oid = $1 \
+            AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger t WHERE t.tgrelid = $1 \
+                AND t.tgfoid = 'rekey.live()'::regprocedure AND (t.tgname = l.trigger_name \
+                 OR NOT EXISTS (SELECT FROM rekey.live_column o WHERE o.trigger_name = t.tgname)))",
+        &[Arg::Oid(oid)],
+    )?;
+    if forgotten > 0 {
+        forget_progress()?;
+    }
+    Ok(())
+}
+
 /// Forgets how far tables without live columns were.
 fn forget_progress() -> Result<()> {
     run(
@@ -160,7 +185,7 @@ pub fn left_over(oid: Oid) -> Result<Option<i64>> {
 pub fn pass_again(oid: Oid, blocks: u32) -> Result<()> {
     run(
         "UPDATE rekey.backfill_state SET cursor_block = 0, blocks_left = $2, blocks_total = $2, \
-             rows_skipped = 0 WHERE table_name = $1::oid::regclass",
+             rows_skipped = 0, phase = DEFAULT WHERE table_name = $1::oid::regclass",
         &[Arg::Oid(oid), Arg::Bigint(i64::from(blocks))],
     )
     .map(|_| ())

@@ -133,6 +133,7 @@ pub fn transaction<R>(body: impl FnOnce() -> Result<R, Error>) -> std::result::R
         })
         .execute();
         if outcome.is_err() {
+            pg_sys::error_context_stack = std::ptr::null_mut();
             pg_sys::AbortCurrentTransaction();
         }
         // Autovacuum has to hear of dead rows.

@@ -155,25 +155,28 @@ pub fn is_bytea(relation: Oid, attnum: i16) -> bool {
     }
 }
 
+/// A table and all that is below it, partitioned tables included.
+pub fn members(relation: Oid) -> Vec<Oid> {
+    // SAFETY: reads pg_inherits; the list holds OIDs and lives in the current context.
+    unsafe {
+        let list = pg_guard_ffi_boundary(|| {
+            find_all_inheritors(relation, pg_sys::NoLock as i32, std::ptr::null_mut())
+        });
+        pgrx::PgList::<Oid>::from_pg(list).iter_oid().collect()
+    }
+}
+
 /// The tables that store the rows: the table itself, or the leaves of a partitioned one, of which
 /// some may be foreign tables.
 pub fn leaves(relation: Oid) -> Vec<Oid> {
     match kind(relation) {
         b'r' => vec![relation],
-        b'p' => {
-            // SAFETY: reads pg_inherits; the list holds OIDs and lives in the current context.
-            let all: Vec<Oid> = unsafe {
-                let list = pg_guard_ffi_boundary(|| {
-                    find_all_inheritors(relation, pg_sys::NoLock as i32, std::ptr::null_mut())
-                });
-                pgrx::PgList::<Oid>::from_pg(list).iter_oid().collect()
-            };
-            // What is gone meanwhile holds nothing; a partitioned one is there by its leaves. A
-            // foreign one stays in the list: its envelopes must not be passed over in silence.
-            all.into_iter()
-                .filter(|oid| !matches!(kind(*oid), 0 | b'p'))
-                .collect()
-        }
+        // What is gone meanwhile holds nothing; a partitioned one is there by its leaves. A foreign
+        // one stays in the list: its envelopes must not be passed over in silence.
+        b'p' => members(relation)
+            .into_iter()
+            .filter(|oid| !matches!(kind(*oid), 0 | b'p'))
+            .collect(),
         _ => Vec::new(),
     }
 }
@@ -241,6 +244,21 @@ fn lock_as(relation: Oid, mode: u32) -> Option<pg_sys::Relation> {
 pub fn owner(relation: pg_sys::Relation) -> Oid {
     // SAFETY: open by `lock`.
     unsafe { (*(*relation).rd_rel).relowner }
+}
+
+/// The owner of a relation; None when it is gone.
+pub fn owner_of(relation: Oid) -> Option<Oid> {
+    // SAFETY: GETSTRUCT is the fixed part of the cached row, which is read before its release.
+    unsafe {
+        let cache = pg_sys::SysCacheIdentifier::RELOID as i32;
+        let tuple = pg_sys::SearchSysCache1(cache, pg_sys::Datum::from(relation));
+        if tuple.is_null() {
+            return None;
+        }
+        let owner = (*pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_class>()).relowner;
+        pg_sys::ReleaseSysCache(tuple);
+        Some(owner)
+    }
 }
 
 /// Closes a relation and keeps its lock.

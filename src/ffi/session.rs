@@ -181,7 +181,8 @@ pub struct ActAs {
 }
 
 /// Settings that hold for whoever acts, whatever the session has set.
-const PINNED: [(&CStr, &CStr); 3] = [
+const PINNED: [(&CStr, &CStr); 4] = [
+    (c"standard_conforming_strings", c"on"),
     (c"search_path", c"pg_catalog, pg_temp"),
     (c"row_security", c"off"),
     (c"check_function_bodies", c"off"),

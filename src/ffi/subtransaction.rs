@@ -39,6 +39,8 @@ pub fn subtransaction<R>(body: impl FnOnce() -> R) -> std::result::Result<R, Cau
     unsafe {
         let context = pg_sys::CurrentMemoryContext;
         let owner = pg_sys::CurrentResourceOwner;
+        // An ERROR on its way through Rust may have put a callback there: `override_sqlstate`.
+        let callbacks = pg_sys::error_context_stack;
         pg_sys::BeginInternalSubTransaction(std::ptr::null());
         pg_sys::CurrentMemoryContext = context;
         let outcome = PgTryBuilder::new(AssertUnwindSafe(|| {
@@ -55,6 +57,7 @@ pub fn subtransaction<R>(body: impl FnOnce() -> R) -> std::result::Result<R, Cau
         })
         .execute();
         if outcome.is_err() {
+            pg_sys::error_context_stack = callbacks;
             pg_sys::RollbackAndReleaseCurrentSubTransaction();
         }
         pg_sys::CurrentMemoryContext = context;

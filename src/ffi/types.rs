@@ -142,6 +142,10 @@ impl Drop for Listening {
 }
 
 /// Runs users' code (type, cast and domain functions) and replaces what it says by a fixed text.
+///
+/// An ERROR is raised again and never becomes an Err: it has left behind what only an abort puts
+/// back, the user of a SECURITY DEFINER function among it. Who wants to go on runs the whole in
+/// `subtransaction`.
 fn guarded<R>(what: &'static str, body: impl FnOnce() -> R) -> Result<R> {
     let body = std::cell::RefCell::new(Some(body));
     SQLSTATE.set(0);
@@ -160,7 +164,7 @@ fn guarded<R>(what: &'static str, body: impl FnOnce() -> R) -> Result<R> {
             PgSqlErrorCode::ERRCODE_INTERNAL_ERROR if SQLSTATE.get() != 0 => SQLSTATE.get(),
             known => known as c_int,
         };
-        Err(Error::Foreign { code, what })
+        Error::Foreign { code, what }.raise()
     })
     .execute()
 }
@@ -272,6 +276,12 @@ pub fn base_type(type_oid: pg_sys::Oid) -> pg_sys::Oid {
     unsafe { pg_sys::getBaseType(type_oid) }
 }
 
+/// Whether a type came with the server: none of its functions is users' code.
+pub fn is_built_in(type_oid: pg_sys::Oid) -> bool {
+    // src/include/access/transam.h
+    type_oid.to_u32() < pg_sys::FirstNormalObjectId
+}
+
 /// Whether values of a type are strings: text, varchar, char(n), name, citext, domains over them.
 pub fn is_string(type_oid: pg_sys::Oid) -> bool {
     // SAFETY: a syscache look-up.
@@ -306,6 +316,24 @@ pub fn same(
         pg_sys::get_typlenbyval(type_oid, &mut len, &mut by_value);
         pg_sys::ffi::pg_guard_ffi_boundary(|| datum_image_eq(one, other, by_value, len.into()))
     }
+}
+
+/// Whether two values are equal as their type says: 1.5 and 1.50 are. A type without an equality
+/// has no equal values.
+pub fn equal(type_oid: pg_sys::Oid, one: pg_sys::Datum, other: pg_sys::Datum) -> Result<bool> {
+    guarded("its type's equality failed", || {
+        // SAFETY: the cache's entry is never freed; the function takes two values of the type.
+        unsafe {
+            let flags = pg_sys::TYPECACHE_EQ_OPR_FINFO as c_int;
+            let entry = pg_sys::lookup_type_cache(type_oid, flags);
+            if (*entry).eq_opr_finfo.fn_oid == pg_sys::InvalidOid {
+                return false;
+            }
+            let collation = pg_sys::get_typcollation(type_oid);
+            let function = &raw mut (*entry).eq_opr_finfo;
+            pg_sys::FunctionCall2Coll(function, collation, one, other).value() != 0
+        }
+    })
 }
 
 /// A type's name for people.
@@ -411,9 +439,11 @@ pub enum Cast {
     ThroughText,
 }
 
-/// The binary-coercible, implicit or assignment cast from `source` to `target`, if any.
+/// The binary-coercible, implicit or assignment cast from `source`, which a sealed value names, to
+/// `target`, if any.
 ///
-/// 42501 when the cast's function is not the caller's to run.
+/// 42501 when the cast's function is not the caller's to run, or code of somebody else would run
+/// as the caller: whoever may seal, chooses the type.
 pub fn cast_between(source: pg_sys::Oid, target: pg_sys::Oid) -> Result<Option<Cast>> {
     use pg_sys::CoercionPathType as path;
     let mut function = pg_sys::InvalidOid;
@@ -423,14 +453,42 @@ pub fn cast_between(source: pg_sys::Oid, target: pg_sys::Oid) -> Result<Option<C
         pg_sys::find_coercion_pathway(target, source, context, &mut function)
     };
     Ok(match found {
-        path::COERCION_PATH_RELABELTYPE => Some(Cast::Relabel),
+        path::COERCION_PATH_RELABELTYPE => {
+            refuse_code_of_others(source, None)?;
+            Some(Cast::Relabel)
+        }
         path::COERCION_PATH_FUNC => {
+            refuse_code_of_others(source, Some(function))?;
             may_execute(function)?;
             Some(Cast::By(Function::cast(function)))
         }
         path::COERCION_PATH_COERCEVIAIO => Some(Cast::ThroughText),
         _ => None,
     })
+}
+
+/// Refuses to read a value as `source`, and to cast it by `function`, unless both came with the
+/// server or belong to a superuser or the current user. A domain is never sealed as such: who finds
+/// one under a sealed name finds another type than was sealed.
+fn refuse_code_of_others(source: pg_sys::Oid, function: Option<pg_sys::Oid>) -> Result<()> {
+    let trusted = |owner: Option<pg_sys::Oid>| {
+        owner.is_some_and(|owner| {
+            owner == super::session::current_user() || super::session::is_superuser(owner)
+        })
+    };
+    let reads = is_built_in(source) || base_type(source) == source && trusted(type_owner(source));
+    if reads && function.is_none_or(|function| trusted(function_owner(function))) {
+        return Ok(());
+    }
+    Err(Error::Privilege(
+        "permission denied to convert the sealed value".to_string(),
+        format!(
+            "The type {} or its cast is neither PostgreSQL's own, nor a superuser's, nor yours: \
+             its code would run with your privileges.",
+            display_name(source)
+        ),
+        "Open it as its own type, or with decrypt_col as text, and cast explicitly.".to_string(),
+    ))
 }
 
 fn may_execute(function: pg_sys::Oid) -> Result<()> {
@@ -563,16 +621,39 @@ pub fn jsonb_datum(text: &str) -> Result<pg_sys::Datum> {
 
 /// The owner of a function; None when there is no such function.
 pub fn function_owner(function: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    let cache = pg_sys::SysCacheIdentifier::PROCOID as c_int;
+    // SAFETY: a row of that cache is a pg_proc.
+    unsafe {
+        cached(cache, function, |row: &pg_sys::FormData_pg_proc| {
+            row.proowner
+        })
+    }
+}
+
+/// The owner of a type; None when there is no such type.
+fn type_owner(type_oid: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    let cache = pg_sys::SysCacheIdentifier::TYPEOID as c_int;
+    // SAFETY: a row of that cache is a pg_type.
+    unsafe {
+        cached(cache, type_oid, |row: &pg_sys::FormData_pg_type| {
+            row.typowner
+        })
+    }
+}
+
+/// Reads the row of an object in the cache by OID.
+///
+/// # Safety
+/// `T` is the fixed part of the cache's rows; `read` does not raise.
+unsafe fn cached<T, R>(cache: c_int, oid: pg_sys::Oid, read: impl FnOnce(&T) -> R) -> Option<R> {
     // SAFETY: GETSTRUCT is the fixed part of the cached row, which is read before its release.
     unsafe {
-        let cache = pg_sys::SysCacheIdentifier::PROCOID as c_int;
-        let tuple = pg_sys::SearchSysCache1(cache, pg_sys::Datum::from(function));
+        let tuple = pg_sys::SearchSysCache1(cache, pg_sys::Datum::from(oid));
         if tuple.is_null() {
             return None;
         }
-        let row = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_proc>();
-        let owner = (*row).proowner;
+        let result = read(&*pg_sys::GETSTRUCT(tuple).cast::<T>());
         pg_sys::ReleaseSysCache(tuple);
-        Some(owner)
+        Some(result)
     }
 }

@@ -6,7 +6,7 @@
 //! locked or their values cannot be had, is followed by another. Batches, their locks and the
 //! owner's code are those of src/worker/rewrite.rs.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ use crate::ffi::subtransaction::Caught;
 use crate::ffi::table::{self, Table, columns_of};
 use crate::guc;
 use crate::live::{self as columns, Live, Plan};
-use crate::registry::{Leaf, LeafColumn};
+use crate::registry::{self, Leaf, LeafColumn};
 
 /// What is remembered between steps.
 #[derive(Default)]
@@ -34,6 +34,8 @@ pub struct Backfill {
     touched: HashMap<Oid, Range<u32>>,
     /// Tables whose last pass has skipped rows: how often in a row, until when, why.
     waiting: HashMap<Oid, (u32, Instant, String)>,
+    /// Tables that this run has entered.
+    entered: HashSet<Oid>,
     /// A row of the running pass that fails, and how.
     failing: HashMap<Oid, String>,
 }
@@ -101,7 +103,11 @@ impl Drainer {
         let lives = columns::of(oid)?;
         let wave = wave(&lives);
         let known = work::pass(Book::Backfill, oid)?.filter(|pass| pass.wave == wave);
-        if known.is_some() && live::left_over(oid)?.is_none() {
+        let done = known.is_some() && live::left_over(oid)?.is_none();
+        // Whoever names the table looks again, once: rows may have come by while the trigger was
+        // disabled.
+        let again = done && self.only.is_some() && !self.backfill.entered.contains(&oid);
+        if done && !again {
             return Ok(None);
         }
         let leaf = as_leaf(oid, &lives);
@@ -110,8 +116,18 @@ impl Drainer {
         if self.announce(Book::Backfill, oid)? {
             return Ok(Some(worked(format!("{name}: begins"))));
         }
+        for live in &lives {
+            if let Err(error) = registry::refuse_other_owner(live.row.table, oid) {
+                return Err(Unable::Refused(error.explain().0));
+            }
+        }
         let begin = Instant::now();
         let table = enter(&leaf)?;
+        self.backfill.entered.insert(oid);
+        if again {
+            live::pass_again(oid, table.blocks())?;
+            return Ok(Some(worked(format!("{name}: begins again"))));
+        }
         let file = table.file();
         let pass = match known.filter(|pass| pass.file == file) {
             Some(pass) => pass,
@@ -254,6 +270,7 @@ fn as_leaf(table: Oid, lives: &[Live]) -> Leaf {
         attnum: live.into,
         name: String::new(),
         context: String::new(),
+        registered: live.row.table,
         fingerprint: None,
     };
     Leaf {

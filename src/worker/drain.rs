@@ -668,6 +668,13 @@ pub(super) fn refuse_paused(leaf: &Leaf) -> std::result::Result<(), Unable> {
 /// The one door to a table's rows: one drainer, no wait for a lock, nothing in the table that must
 /// not run, the barrier held.
 pub(super) fn enter(leaf: &Leaf) -> std::result::Result<Table, Unable> {
+    let others = leaf
+        .columns
+        .iter()
+        .try_for_each(|column| column.refuse_other_owner(leaf.table));
+    if let Err(error) = others {
+        return Err(Unable::Refused(error.explain().0));
+    }
     if !locks::become_drainer(catalog::registered_column()?, leaf.table) {
         return Err(Unable::Busy("another session re-encrypts it".to_string()));
     }

@@ -658,7 +658,14 @@ fn the_way_out_ends_with_the_extension_dropped() {
     admin.refuse("SELECT rekey.finish_decrypt_column('t', 'sealed')", "55000");
     admin.refuse("UPDATE t SET sealed = 'garbage' WHERE id = 1", "22P03");
     fill(&mut admin);
-    admin.run("SELECT rotate_key('pii')");
+    // An envelope without the column's context may be any other column's: it is not opened.
+    admin
+        .refuse("SELECT rekey.finish_decrypt_column('t', 'sealed')", "55000")
+        .names("Missing in \"email\": 1");
+    admin.run(
+        "UPDATE t SET sealed = encrypt_col('bound', 'pii', rekey.context('t.email', '9'))
+          WHERE id = 9; SELECT rotate_key('pii')",
+    );
     fill(&mut admin);
     assert_eq!(
         admin.number("SELECT count(*) FROM t WHERE rekey.is_stale(sealed)"),
@@ -669,7 +676,7 @@ fn the_way_out_ends_with_the_extension_dropped() {
     admin.run("ALTER TABLE t DROP COLUMN sealed; SELECT rekey.shred_key('pii', 'we leave')");
     assert_eq!(
         admin.text("SELECT string_agg(coalesce(email, '-'), ' ' ORDER BY id) FROM t"),
-        "changed mail2 mail3 mail4 mail5 mail6 mail7 mail8 unbound - new"
+        "changed mail2 mail3 mail4 mail5 mail6 mail7 mail8 bound - new"
     );
     admin.run("SELECT rekey.drop_key('pii'); DROP EXTENSION pg_rekey");
     assert_eq!(admin.number("SELECT count(email) FROM t"), 10);
@@ -807,4 +814,335 @@ fn begin_and_end_are_undone_with_their_transaction() {
     admin.run("INSERT INTO t VALUES (20, 'still followed')");
     assert_eq!(admin.number(WRONG), 0);
     admin.run(FINISH);
+}
+
+/// A function that runs as a superuser and fails halfway.
+const RAISES: &str = "CREATE FUNCTION sd(v text) RETURNS boolean LANGUAGE plpgsql SECURITY DEFINER
+    AS $$BEGIN IF v LIKE 'bad%' THEN RAISE 'no'; END IF; RETURN true; END$$";
+
+#[test]
+fn a_conversion_that_fails_leaves_nobody_as_another_user() {
+    let (database, mut admin) = database("definer");
+    let role = database.role("owner");
+    admin.run(RAISES);
+    admin.run(&format!(
+        "GRANT CREATE ON SCHEMA public TO {role};
+         SELECT rekey.grant_key('pii', '{role}', '{{encrypt,decrypt}}')"
+    ));
+    let mut owner = database.connect_as(&role);
+    owner.run(&format!(
+        "CREATE FUNCTION seen(v text) RETURNS boolean LANGUAGE plpgsql AS $$
+             BEGIN IF current_user <> '{role}' THEN RAISE LOG 'ESCAPED'; RETURN false; END IF;
+             RETURN true; END $$;
+         CREATE DOMAIN d AS text CONSTRAINT a CHECK (seen(VALUE)) CONSTRAINT b CHECK (sd(VALUE));
+         CREATE TABLE d1 (id int, sealed bytea, x int, plain d);
+         INSERT INTO d1 SELECT i, encrypt_col('bad' || i, 'pii') FROM generate_series(1, 2) i;
+         INSERT INTO d1 VALUES (3, encrypt_col('good', 'pii'));
+         SELECT rekey.register_column('d1', 'sealed');
+         SELECT rekey.decrypt_column('d1', 'sealed', 'plain');
+         UPDATE d1 SET x = 1",
+    ));
+    assert_eq!(owner.text("SELECT current_user::text"), role);
+    owner.run("CALL rekey.reencrypt('d1')");
+    assert_eq!(owner.text("SELECT current_user::text"), role);
+    let filled = "SELECT plain::text FROM d1 WHERE plain IS NOT NULL";
+    assert_eq!(owner.column(filled), ["good"]);
+    owner
+        .refuse(
+            "SELECT rekey.finish_decrypt_column('d1', 'sealed')",
+            "55000",
+        )
+        .names("Missing in \"plain\": 2");
+    assert_eq!(owner.text("SELECT current_user::text"), role);
+    assert!(
+        !cluster().log().contains("ESCAPED"),
+        "code of an owner ran as somebody else"
+    );
+}
+
+#[test]
+fn a_partition_of_another_owner_is_no_way_to_his_privileges() {
+    let (database, mut admin) = database("leaf_owner");
+    let role = database.role("owner");
+    admin.run(&format!(
+        "GRANT CREATE ON SCHEMA public TO {role};
+         SELECT rekey.grant_key('pii', '{role}', '{{encrypt}}');
+         CREATE TABLE secret AS SELECT 11 AS id, encrypt_col('secret', 'pii') AS s;
+         GRANT SELECT ON secret TO {role}"
+    ));
+    let mut owner = database.connect_as(&role);
+    owner.run(
+        "CREATE TABLE p (id int, s bytea) PARTITION BY RANGE (id);
+         CREATE FUNCTION who(v text) RETURNS text IMMUTABLE LANGUAGE plpgsql AS
+             $$BEGIN RAISE LOG 'who is %', current_user; RETURN v; END$$;
+         CREATE TABLE q (id int, email text) PARTITION BY RANGE (id);
+         CREATE TABLE r (id int, s bytea) PARTITION BY RANGE (id)",
+    );
+    admin.run(
+        "CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (10) TO (20);
+         CREATE TABLE r1 PARTITION OF r FOR VALUES FROM (10) TO (20)",
+    );
+    owner.run("INSERT INTO p SELECT id, s FROM secret; SELECT rekey.register_column('p', 's')");
+    owner
+        .refuse("SELECT rekey.decrypt_column('p', 's', 'plain')", "55000")
+        .names("public.p1")
+        .hints(&role);
+    owner
+        .refuse(
+            "SELECT rekey.register_column('r', 's', 'public.who(id::text)')",
+            "55000",
+        )
+        .hints("OWNER TO");
+    // One that comes later: nothing of it is filled, opened or run.
+    owner.run(
+        "SELECT rekey.encrypt_column('q', 'email', 's', 'pii', 'public.who(id::text)');
+         DROP TABLE r; CREATE TABLE r (id int, s bytea) PARTITION BY RANGE (id);
+         SELECT rekey.register_column('r', 's', 'public.who(id::text)')",
+    );
+    admin.run(
+        "CREATE TABLE q1 PARTITION OF q FOR VALUES FROM (10) TO (20);
+         CREATE TABLE r1 PARTITION OF r FOR VALUES FROM (10) TO (20)",
+    );
+    owner
+        .refuse("INSERT INTO q VALUES (11, 'x')", "55000")
+        .names("public.q1");
+    admin.run(
+        "ALTER TABLE q DISABLE TRIGGER USER; INSERT INTO q VALUES (11, 'x');
+         INSERT INTO r VALUES (11, encrypt_col('x', 'pii', '11'));
+         SELECT rekey.enable_touch('r'); SELECT rotate_key('pii');
+         UPDATE r SET id = 12",
+    );
+    admin.run("CALL rekey.reencrypt('q')");
+    admin.run("CALL rekey.reencrypt('r')");
+    assert_eq!(admin.number("SELECT count(s) FROM q"), 0);
+    let trigger = admin.text("SELECT trigger_name FROM rekey.live_columns");
+    admin.run(&format!("ALTER TABLE q ENABLE ALWAYS TRIGGER {trigger}"));
+    admin
+        .refuse("SELECT rekey.finish_encrypt_column('q', 'email')", "55000")
+        .names("public.q1");
+    assert!(!cluster().log().contains("who is postgres"));
+    // With one owner all goes on.
+    admin.run(&format!(
+        "ALTER TABLE q1 OWNER TO {role}; SELECT rekey.grant_key('pii', '{role}', '{{decrypt}}')"
+    ));
+    owner.run("CALL rekey.reencrypt('q')");
+    owner.run("SELECT rekey.finish_encrypt_column('q', 'email')");
+}
+
+#[test]
+fn a_sealed_type_name_runs_no_code_of_whoever_sealed() {
+    let (database, mut admin) = database("evil_types");
+    let role = database.role("sealer");
+    admin.run(&format!(
+        "GRANT CREATE ON SCHEMA public TO {role};
+         SELECT rekey.grant_key('pii', '{role}', '{{encrypt}}');
+         CREATE TABLE n (id int, c bytea); GRANT INSERT ON n TO {role};
+         SELECT rekey.register_column('n', 'c')"
+    ));
+    database.connect_as(&role).run(
+        "CREATE FUNCTION spy() RETURNS void LANGUAGE plpgsql AS
+             $$BEGIN RAISE LOG 'spy as %', current_user; END$$;
+         CREATE TYPE evil AS (x int);
+         CREATE FUNCTION f(evil) RETURNS numeric LANGUAGE plpgsql AS
+             'BEGIN PERFORM public.spy(); RETURN 1; END';
+         CREATE CAST (evil AS numeric) WITH FUNCTION f(evil) AS ASSIGNMENT;
+         CREATE TYPE later AS ENUM ('1');
+         INSERT INTO n VALUES (1, encrypt_col(ROW(1)::evil, 'pii')),
+                              (2, encrypt_col('1'::later, 'pii'));
+         DROP TYPE later;
+         CREATE FUNCTION g(numeric) RETURNS boolean LANGUAGE plpgsql AS
+             'BEGIN PERFORM public.spy(); RETURN true; END';
+         CREATE DOMAIN later AS numeric CHECK (g(VALUE))",
+    );
+    for id in [1, 2] {
+        admin.refuse(
+            &format!("SELECT decrypt_col_as(c, NULL::numeric) FROM n WHERE id = {id}"),
+            "42501",
+        );
+    }
+    admin.run("SELECT rekey.decrypt_column('n', 'c', 'plain')");
+    admin.run("CALL rekey.reencrypt('n')");
+    assert_eq!(
+        admin.number("SELECT count(plain) FROM n"),
+        2,
+        "text needs no code"
+    );
+    assert!(!cluster().log().contains("spy as postgres"));
+    // What the reader names himself he reads, and casts of his own serve him.
+    admin.run(
+        "CREATE TYPE mine AS (x int); INSERT INTO n VALUES (3, encrypt_col(ROW(7)::mine, 'pii'))",
+    );
+    let opened = "SELECT (decrypt_col_as(c, NULL::mine)).x FROM n WHERE id = 3";
+    assert_eq!(admin.number(opened), 7);
+    admin.run(
+        "CREATE FUNCTION h(mine) RETURNS numeric LANGUAGE sql AS 'SELECT ($1).x::numeric';
+         CREATE CAST (mine AS numeric) WITH FUNCTION h(mine) AS ASSIGNMENT",
+    );
+    let cast = "SELECT decrypt_col_as(c, NULL::numeric)::int FROM n WHERE id = 3";
+    assert_eq!(admin.number(cast), 7);
+}
+
+#[test]
+fn tables_tied_by_inheritance_are_refused() {
+    let (_, mut admin) = database("inherits");
+    admin.run("CREATE TABLE c () INHERITS (t); INSERT INTO c VALUES (30, 'of the child')");
+    admin.refuse(BEGIN, "55000").names("inheritance");
+    admin
+        .refuse(
+            "SELECT rekey.encrypt_column('c', 'email', 's', 'pii')",
+            "55000",
+        )
+        .names("inheritance");
+    admin.run("ALTER TABLE c NO INHERIT t");
+    admin.run(BEGIN);
+    fill(&mut admin);
+    admin.run("ALTER TABLE c ADD COLUMN sealed bytea; ALTER TABLE c INHERIT t");
+    admin.refuse(FINISH, "55000").names("inheritance");
+    admin.run("ALTER TABLE c NO INHERIT t");
+    admin.run(FINISH);
+}
+
+#[test]
+fn the_end_knows_every_partition_or_is_refused() {
+    let (database, mut admin) = database("late_partitions");
+    admin.run(
+        "CREATE EXTENSION postgres_fdw; CREATE SERVER s FOREIGN DATA WRAPPER postgres_fdw;
+         CREATE TABLE p (id int, email text) PARTITION BY RANGE (id);
+         CREATE TABLE mid PARTITION OF p FOR VALUES FROM (0) TO (100) PARTITION BY RANGE (id);
+         CREATE TABLE p1 PARTITION OF mid FOR VALUES FROM (0) TO (10);
+         INSERT INTO p VALUES (1, 'x');
+         SELECT rekey.encrypt_column('p', 'email', 's', 'pii')",
+    );
+    admin.run("CALL rekey.reencrypt('p')");
+    admin.run("CREATE FOREIGN TABLE far PARTITION OF p FOR VALUES FROM (100) TO (200) SERVER s");
+    let finish = "SELECT rekey.finish_encrypt_column('p', 'email')";
+    admin.refuse(finish, "55000").names("public.far");
+    admin.run(
+        "ALTER TABLE p DETACH PARTITION far;
+         CREATE TABLE late (id int, email text, s bytea); INSERT INTO late VALUES (11, 'late')",
+    );
+    // Nobody attaches one at any level while the end looks.
+    admin.run(&format!("BEGIN; {finish}"));
+    let mut other = database.connect();
+    other.run("SET lock_timeout = '100ms'");
+    let attach = "ALTER TABLE mid ATTACH PARTITION late FOR VALUES FROM (10) TO (20)";
+    other.fail(attach, "55P03");
+    admin.run("ROLLBACK");
+    other.run(attach);
+    admin.refuse(finish, "55000").names("Missing in \"s\": 1");
+}
+
+#[test]
+fn a_value_that_its_column_rounds_does_not_agree() {
+    let (_, mut admin) = database("rounded");
+    admin.run(
+        "CREATE TABLE n (id int, c bytea, price numeric(5, 2), code char(4));
+         INSERT INTO n VALUES (1, encrypt_col(12.3456, 'pii')), (2, encrypt_col(1.5, 'pii'));
+         SELECT rekey.register_column('n', 'c');
+         SELECT rekey.decrypt_column('n', 'c', 'price')",
+    );
+    admin.run("CALL rekey.reencrypt('n')");
+    let finish = "SELECT rekey.finish_decrypt_column('n', 'c')";
+    admin.refuse(finish, "55000").names("different: 1");
+    admin.run("UPDATE n SET c = encrypt_col(12.34, 'pii') WHERE id = 1");
+    admin.run(finish);
+    // A column that pads loses nothing.
+    admin.run(
+        "UPDATE n SET c = encrypt_col('ab', 'pii'); SELECT rekey.register_column('n', 'c');
+         SELECT rekey.decrypt_column('n', 'c', 'code')",
+    );
+    admin.run("CALL rekey.reencrypt('n')");
+    admin.run(finish);
+}
+
+#[test]
+fn what_passed_a_disabled_trigger_is_filled_on_demand() {
+    let (_, mut admin) = database("holes");
+    admin.run(BEGIN);
+    fill(&mut admin);
+    let name = admin.text("SELECT trigger_name FROM rekey.live_columns");
+    admin.run(&format!("ALTER TABLE t DISABLE TRIGGER {name}"));
+    admin.run("INSERT INTO t VALUES (20, 'passed')");
+    admin.run(&format!("ALTER TABLE t ENABLE ALWAYS TRIGGER {name}"));
+    admin
+        .refuse(FINISH, "55000")
+        .names("Missing in \"sealed\": 1");
+    fill(&mut admin);
+    assert_eq!(
+        admin.text("SELECT phase || ' ' || rows_rewritten FROM rekey.progress"),
+        "done 10",
+        "the rows count on"
+    );
+    admin.run(FINISH);
+    assert_eq!(admin.number(WRONG), 0);
+}
+
+#[test]
+fn a_composite_value_with_a_null_in_it_is_a_value() {
+    let (_, mut admin) = database("composite");
+    admin.run(
+        "CREATE TYPE pair AS (a int, b int); CREATE TABLE c (id int, v pair);
+         SELECT rekey.encrypt_column('c', 'v', 's', 'pii');
+         INSERT INTO c VALUES (1, ROW(1, NULL)), (2, ROW(NULL, NULL)), (3, NULL)",
+    );
+    let sealed = "SELECT string_agg(id::text, ' ' ORDER BY id) FROM c WHERE s IS NOT NULL";
+    assert_eq!(admin.text(sealed), "1 2");
+    admin.run("SELECT rekey.finish_encrypt_column('c', 'v')");
+}
+
+#[test]
+fn a_trigger_that_was_renamed_and_dropped_takes_its_live_column_along() {
+    let (_, mut admin) = database("renamed_trigger");
+    admin.run(BEGIN);
+    let name = admin.text("SELECT trigger_name FROM rekey.live_columns");
+    admin.run(&format!("ALTER TRIGGER {name} ON t RENAME TO other"));
+    admin
+        .refuse("INSERT INTO t VALUES (20, 'x')", "55000")
+        .hints("Drop the trigger");
+    admin.refuse(FINISH, "55000");
+    admin.run("DROP TRIGGER other ON t");
+    admin.refuse(FINISH, "42704");
+    admin.run(BEGIN);
+    fill(&mut admin);
+    admin.run(FINISH);
+    assert_eq!(admin.number(WRONG), 0);
+}
+
+#[test]
+fn a_context_means_the_same_whatever_the_session_says_of_backslashes() {
+    let (_, mut admin) = database("backslash");
+    let context = r"rekey.context('t\', id::text)";
+    admin.run("SET standard_conforming_strings = off; SET escape_string_warning = off");
+    admin.run(&format!(
+        "SELECT rekey.encrypt_column('t', 'email', 'sealed', 'pii', $${context}$$);
+         INSERT INTO t VALUES (20, 'x')"
+    ));
+    fill(&mut admin);
+    admin.run(FINISH);
+    admin.run("SET standard_conforming_strings = on");
+    assert_eq!(
+        admin.number(&format!(
+            "SELECT count(*) FROM t WHERE decrypt_col(sealed, {context}) = email"
+        )),
+        10
+    );
+}
+
+#[test]
+fn a_table_has_no_more_live_columns_than_the_worker_sees() {
+    let (_, mut admin) = database("many");
+    admin.run(
+        "DO $$ BEGIN FOR i IN 1..33 LOOP
+             EXECUTE format('ALTER TABLE t ADD COLUMN c%s text', i);
+             IF i < 33 THEN
+                 PERFORM rekey.encrypt_column('t', 'c' || i, 's' || i, 'pii');
+             END IF;
+         END LOOP; END $$;
+         UPDATE t SET c32 = 'v'",
+    );
+    admin.refuse(
+        "SELECT rekey.encrypt_column('t', 'c33', 's33', 'pii')",
+        "55000",
+    );
+    admin.run("UPDATE t SET s32 = NULL; SELECT rekey.finish_encrypt_column('t', 'c32')");
 }

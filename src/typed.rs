@@ -159,7 +159,7 @@ impl Target {
                     text::to_server(body)?.into_owned()
                 };
                 let form = CString::new(form).map_err(|_| Error::NotEncodable)?;
-                let value = input.input(&form)?;
+                let value = input.input_as(&form, -1)?;
                 match cast {
                     Some(cast) => cast.apply(value)?,
                     None => value,

@@ -10,6 +10,7 @@ use std::ffi::{CStr, CString, c_char, c_int};
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
 
+use super::subtransaction::subtransaction;
 use crate::error::{Error, Result};
 
 unsafe extern "C" {
@@ -222,12 +223,25 @@ impl Function {
         })
     }
 
-    /// The value of a text form in the server's encoding.
+    /// The value of a text form in the server's encoding; an Err when the type refuses it, for who
+    /// says that in words of his own. In a subtransaction, hence not for every row.
     pub fn input(&self, text: &CStr) -> Result<pg_sys::Datum> {
-        self.input_as(text, -1)
+        match subtransaction(|| self.input_as(text, -1)) {
+            Ok(value) => value,
+            Err(caught) => {
+                let refused = Error::Foreign {
+                    code: caught.0 as c_int,
+                    what: "its type's input function refused it",
+                };
+                if caught.is_grave() {
+                    refused.raise()
+                }
+                Err(refused)
+            }
+        }
     }
 
-    /// The same for a column with a type modifier: a length, a scale.
+    /// The value of a text form, for a column with a type modifier: a length, a scale; -1 for none.
     pub fn input_as(&self, text: &CStr, typmod: i32) -> Result<pg_sys::Datum> {
         guarded("its type's input function refused it", || {
             let _pinned = Pinned::pin();
@@ -616,7 +630,7 @@ pub fn jsonb_text(value: pg_sys::Datum) -> Result<Vec<u8>> {
 pub fn jsonb_datum(text: &str) -> Result<pg_sys::Datum> {
     let server = super::text::to_server(text.as_bytes())?.into_owned();
     let server = CString::new(server).map_err(|_| Error::NotEncodable)?;
-    Function::input_of(pg_sys::JSONBOID).input(&server)
+    Function::input_of(pg_sys::JSONBOID).input_as(&server, -1)
 }
 
 /// The owner of a function; None when there is no such function.

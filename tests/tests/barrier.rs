@@ -197,6 +197,27 @@ fn a_prepared_transaction_keeps_it_over_a_crash() {
 }
 
 #[test]
+fn a_prepared_transaction_keeps_the_id_of_a_rotation_in_a_savepoint_locked_over_a_crash() {
+    let cluster = Cluster::start(Options::preloaded());
+    let database = database(&cluster, "prepared_writer");
+    let mut client = database.connect();
+    let locked = "SELECT count(*) FROM pg_locks WHERE locktype = 'transactionid' AND granted \
+                     AND mode = 'ExclusiveLock' AND pid IS NULL";
+    client.run(
+        "BEGIN; SAVEPOINT s; SELECT rotate_key('pii'); RELEASE s; PREPARE TRANSACTION 'rotates'",
+    );
+    assert_eq!(client.number(locked), 2, "its own and the savepoint's");
+    drop(client);
+    cluster.kill();
+    cluster.boot();
+    let mut client = database.connect();
+    assert_eq!(client.number(locked), 2);
+    client.run("COMMIT PREPARED 'rotates'");
+    assert_eq!(client.number(locked), 0);
+    assert_eq!(client.number("SELECT count(*) FROM rekey.slots"), 2);
+}
+
+#[test]
 fn opening_takes_no_lock_on_the_barrier() {
     let database = database(cluster(), "opening");
     let mut client = database.connect();

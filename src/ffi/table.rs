@@ -154,7 +154,7 @@ impl Table {
     /// end the scan. It must not panic.
     ///
     /// One guard for the whole scan, since a guard per row would cost more than the row: nothing
-    /// that needs dropping lives in here.
+    /// that needs dropping lives within it.
     pub fn scan(
         &self,
         snapshot: &Snapshot,
@@ -166,8 +166,9 @@ impl Table {
             return;
         }
         let highest = columns.iter().copied().max().unwrap_or(1);
-        let mut values: [Option<pg_sys::Datum>; 64] = [None; 64];
-        let values = &mut values[..columns.len().min(64)];
+        // As many as there are: one that is left out would be proved to hold nothing.
+        let mut values: Vec<Option<pg_sys::Datum>> = vec![None; columns.len()];
+        let values = values.as_mut_slice();
         let (mut low, mut high) = ends(&blocks);
         // SAFETY: the relation is open and locked, the snapshot registered. The slot is dropped
         // and the scan ended here; after an ERROR the abort releases both. The table's own

@@ -26,9 +26,6 @@ use crate::live::{self as columns, Live, Plan};
 use crate::typed::Target;
 use crate::{guc, registry};
 
-/// Live columns of one table: two columns each, of the 64 that `Table::scan` gives.
-const MOST: usize = 32;
-
 fn state(message: String, detail: &str, hint: &str) -> Error {
     Error::State(message, detail.to_string(), hint.to_string())
 }
@@ -134,13 +131,6 @@ impl Begun {
         let attnum = self.readable(oid, &name, &column)?;
         refuse_live(oid, &column)?;
         refuse_live(oid, &into)?;
-        if columns::of(oid)?.len() >= MOST {
-            return Err(state(
-                format!("{name} has {MOST} live columns already"),
-                "The worker looks at no more of a row.",
-                "End one of them first.",
-            ));
-        }
         if column == into {
             return Err(Error::Argument(
                 "column_name and into_column are one column".to_string(),

@@ -166,6 +166,7 @@ impl Table {
             return;
         }
         let highest = columns.iter().copied().max().unwrap_or(1);
+        // As many as there are: one that is left out would be proved to hold nothing.
         let mut values: Vec<Option<pg_sys::Datum>> = vec![None; columns.len()];
         let (mut low, mut high) = ends(&blocks);
         // SAFETY: the relation is open and locked, the snapshot registered. The slot is dropped

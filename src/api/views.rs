@@ -227,7 +227,7 @@ enum Kind {
 fn sealable(type_oid: Oid) -> Result<Sealable> {
     let is_text = types::is_string(type_oid)
         && matches!(
-            types::cast_between(type_oid, pg_sys::TEXTOID),
+            types::cast_between(types::base_type(type_oid), pg_sys::TEXTOID),
             Ok(Some(Cast::Relabel))
         );
     Sealable::of(if is_text { pg_sys::TEXTOID } else { type_oid })

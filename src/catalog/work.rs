@@ -114,7 +114,7 @@ pub fn begin_attempt(book: Book, table: Oid) -> Result<u32> {
             "INSERT INTO {} AS p \
                  (table_name, file_node, wave, blocks_left, blocks_total, attempts) \
              VALUES ($1::oid::regclass, '0'::oid, '', 0, 0, 1) \
-             ON CONFLICT (table_name) DO UPDATE SET attempts = p.attempts + 1 \
+             ON CONFLICT (table_name) DO UPDATE SET attempts = p.attempts + 1, phase = DEFAULT \
              RETURNING attempts::bigint - 1",
             book.table()
         ),

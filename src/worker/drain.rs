@@ -266,10 +266,10 @@ impl Drainer {
             }
         }
         if self.announce(Book::Rotation, leaf.table)? {
-            let what = format!("{}: begins", table::name(leaf.table)?);
             return Ok(Some(Worked {
-                what,
-                ..Worked::default()
+                what: format!("{}: begins", table::name(leaf.table)?),
+                table: Some(leaf.table),
+                rewritten: 0,
             }));
         }
         let begin = Instant::now();

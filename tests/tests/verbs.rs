@@ -377,6 +377,7 @@ fn functions_are_declared_as_designed() {
         [
             "decrypt_col s s 20 f f",
             "decrypt_col_as s s 20 f f",
+            "decrypt_col_as s s 20 f f",
             seal,
             seal,
             seal

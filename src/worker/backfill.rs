@@ -91,7 +91,7 @@ impl Drainer {
             }
         }
         Ok(match soonest {
-            Some((at, why)) => Step::Wait(at.saturating_duration_since(Instant::now()), why),
+            Some((at, why)) => Step::until(at, why),
             None => Step::Idle(None),
         })
     }

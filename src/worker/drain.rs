@@ -32,10 +32,18 @@ use crate::{cache, failpoint, guc, lifecycle};
 pub enum Step {
     /// Something; there may be more.
     Worked(Worked),
-    /// Nothing for so long; why.
+    /// Nothing for so long; why. Zero: there is nothing to wait for here.
     Wait(Duration, String),
     /// Nothing until something happens, or until so many seconds have passed.
     Idle(Option<i64>),
+}
+
+impl Step {
+    /// Nothing until then; never zero, which has a meaning of its own.
+    pub fn until(at: Instant, why: String) -> Step {
+        let left = at.saturating_duration_since(Instant::now());
+        Step::Wait(left.max(Duration::from_millis(1)), why)
+    }
 }
 
 /// What a step did.
@@ -185,10 +193,7 @@ impl Drainer {
             }
         }
         if let Some((at, why)) = soonest {
-            return Ok(Step::Wait(
-                at.saturating_duration_since(Instant::now()),
-                why,
-            ));
+            return Ok(Step::until(at, why));
         }
         self.current = None;
         if !self.proves {
@@ -397,10 +402,7 @@ impl Drainer {
             && at > Instant::now()
         {
             let why = "the last proofs had to be given up; the next one comes".to_string();
-            return Ok(Step::Wait(
-                at.saturating_duration_since(Instant::now()),
-                why,
-            ));
+            return Ok(Step::until(at, why));
         }
         if !self
             .barrier
@@ -589,8 +591,7 @@ impl Drainer {
         }
         if let Some(at) = soonest.filter(|_| candidates.is_empty()) {
             let why = "scans have found values of the slots that are to end".to_string();
-            let left = at.saturating_duration_since(Instant::now());
-            return Ok(Step::Wait(left, why));
+            return Ok(Step::until(at, why));
         }
         let Some(first) = candidates.first() else {
             return Ok(Step::Idle(work::next_due()?));

@@ -608,15 +608,18 @@ fn rotation_forecast(fcinfo: FunctionCallInfo) -> Reply {
     })
 }
 
+/// Whether the current user may see a table's re-encryption: its owner, and pg_monitor.
+fn is_visible(table: Oid) -> bool {
+    let user = session::current_user();
+    super::grants::monitors(user) || relation::exists(table) && relation::is_owned_by(table, user)
+}
+
 /// For views: whether the current user may see a table's re-encryption.
 #[pg_extern(sql = false)]
 fn table_visible(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
         let oid = call.required_oid(0, "table_name")?;
-        let user = session::current_user();
-        let visible = super::grants::monitors(user)
-            || relation::exists(oid) && relation::is_owned_by(oid, user);
-        Ok(Reply::bool(visible))
+        Ok(Reply::bool(is_visible(oid)))
     })
 }
 
@@ -625,10 +628,7 @@ fn table_visible(fcinfo: FunctionCallInfo) -> Reply {
 fn proof_scan(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
         let oid = call.required_oid(0, "table_name")?;
-        let user = session::current_user();
-        let visible = super::grants::monitors(user)
-            || relation::exists(oid) && relation::is_owned_by(oid, user);
-        let scan = shared::scan_in(background::database()).filter(|_| visible);
+        let scan = shared::scan_in(background::database()).filter(|_| is_visible(oid));
         let here = scan.filter(|scan| scan.table == oid.to_u32());
         let blocks = |count: u32| pg_sys::Datum::from(i64::from(count));
         Ok(call.record(&mut [

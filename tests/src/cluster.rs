@@ -24,6 +24,23 @@ const PORT: u16 = 5432;
 /// The advisory lock for which a failpoint waits, in the database of whoever reaches it.
 pub const GATE: i64 = 0x72_656b_6579;
 
+/// The boundaries that the worker reaches between a rotation and the end of its slot, in their order.
+pub const BOUNDARIES: [&str; 13] = [
+    "step.begun",
+    "pass.begun",
+    "rows.updated",
+    "batch.rewritten",
+    "batch.advanced",
+    "barrier.captured",
+    "barrier.passed",
+    "proof.begun",
+    "proof.chunk",
+    "proof.scanned",
+    "slot.drained",
+    "end.scanned",
+    "slot.ended",
+];
+
 /// How each data directory is made.
 const INITDB: [&str; 8] = [
     "-U",

@@ -18,7 +18,7 @@ pub mod sql;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-pub use cluster::{Cluster, Database, GATE, Options, Tree};
+pub use cluster::{BOUNDARIES, Cluster, Database, GATE, Options, Tree};
 pub use page::Page;
 pub use sql::{Ask, Refusal};
 

@@ -5,28 +5,11 @@
 //! They belong to a data directory, so each test has a cluster of its own.
 
 use postgres::Client;
-use rekey_tests::{Ask, Cluster, Database, GATE, Options, wait_until};
+use rekey_tests::{Ask, BOUNDARIES, Cluster, Database, GATE, Options, wait_until};
 
 const STALE: &str = "SELECT count(*) FROM t WHERE rekey.slot_id(c) IS DISTINCT FROM \
                      (SELECT active_slot FROM rekey.keys)";
 const WRONG: &str = "SELECT count(*) FROM t WHERE decrypt_col(c) IS DISTINCT FROM shadow";
-
-/// The boundaries that the worker reaches between a rotation and the end of its slot.
-const OF_THE_WORKER: [&str; 13] = [
-    "step.begun",
-    "pass.begun",
-    "rows.updated",
-    "batch.rewritten",
-    "batch.advanced",
-    "barrier.captured",
-    "barrier.passed",
-    "proof.begun",
-    "proof.chunk",
-    "proof.scanned",
-    "slot.drained",
-    "end.scanned",
-    "slot.ended",
-];
 
 /// A table of more blocks than the scan of a proof looks at in one go.
 fn large_table(cluster: &Cluster) -> Database<'_> {
@@ -112,7 +95,7 @@ fn a_crash_at_each_boundary_of_the_worker_loses_nothing_and_it_goes_on() {
            FROM generate_series(1, 500) AS i;
          SELECT rekey.register_column('t', 'c')",
     );
-    for boundary in OF_THE_WORKER {
+    for boundary in BOUNDARIES {
         cluster.arm(boundary, "kill");
         // A worker that is about to end may be there first.
         let rotated = client.simple_query("SELECT rotate_key('pii')").is_ok();

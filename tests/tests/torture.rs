@@ -20,7 +20,7 @@ use std::thread::{self, sleep};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use postgres::{Client, Error, SimpleQueryMessage};
-use rekey_tests::{Ask, Cluster, Options, PATIENCE, wait_until};
+use rekey_tests::{Ask, BOUNDARIES, Cluster, Options, PATIENCE, wait_until};
 
 const DATABASE: &str = "torture";
 const CLIENTS: u64 = 6;
@@ -31,24 +31,8 @@ const PENDING: usize = 2;
 /// How long the slots may take to drain once nobody writes any more.
 const DRAIN: Duration = Duration::from_secs(120);
 
-/// The boundaries at which the killer has a process kill itself (src/failpoint.rs).
-const BOUNDARIES: [&str; 15] = [
-    "rotate.superseded",
-    "rotate.activated",
-    "step.begun",
-    "pass.begun",
-    "rows.updated",
-    "batch.rewritten",
-    "batch.advanced",
-    "barrier.captured",
-    "barrier.passed",
-    "proof.begun",
-    "proof.chunk",
-    "proof.scanned",
-    "slot.drained",
-    "end.scanned",
-    "slot.ended",
-];
+/// The boundaries within a rotation: beside those of the worker the killer lies in wait there.
+const OF_A_ROTATION: [&str; 2] = ["rotate.superseded", "rotate.activated"];
 
 /// What the run must have seen, so that the checks are not vacuous.
 const ROTATIONS: u64 = 6;
@@ -553,8 +537,9 @@ fn kill(stage: &Stage) {
 /// Has whoever next reaches one of the boundaries kill itself; whether somebody has.
 fn lie_in_wait(stage: &Stage, random: &mut Random) -> bool {
     let mut client = stage.session();
-    let boundary = usize::try_from(random.below(BOUNDARIES.len() as u64)).expect("an index");
-    stage.cluster.arm(BOUNDARIES[boundary], "kill");
+    let all = [&OF_A_ROTATION[..], &BOUNDARIES[..]].concat();
+    let boundary = usize::try_from(random.below(all.len() as u64)).expect("an index");
+    stage.cluster.arm(all[boundary], "kill");
     let deadline = Instant::now() + Duration::from_secs(10);
     while stage.cluster.is_armed() && !stage.is_calm() && Instant::now() < deadline {
         sleep(Duration::from_millis(5));

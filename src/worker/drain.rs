@@ -15,7 +15,7 @@ use rekey_core::schedule::BatchSize;
 
 use super::backfill::Backfill;
 use super::barrier::Barrier;
-use super::ending::{self, Candidate, Quarantine};
+use super::ending::Quarantine;
 use super::proof::{self, Verdict};
 use super::rewrite::{self, Report, Source};
 use crate::catalog::read::{self, SlotRow};
@@ -60,7 +60,7 @@ pub struct Worked {
 /// The worker's memory between steps.
 pub struct Drainer {
     pub(super) only: Option<Oid>,
-    proves: bool,
+    pub(super) proves: bool,
     pub(super) backfill: Backfill,
     barrier: Option<Barrier>,
     findings: HashMap<Oid, Vec<Tid>>,
@@ -71,16 +71,13 @@ pub struct Drainer {
     prove_again_at: Option<Instant>,
     pub(super) current: Option<Oid>,
     turn: usize,
-    background: bool,
+    pub(super) background: bool,
     entered: HashSet<(Book, Oid)>,
-    refused: HashMap<SlotId, (u32, Instant)>,
-    looked_at_drained: bool,
+    pub(super) refused: HashMap<SlotId, (u32, Instant)>,
+    pub(super) looked_at_drained: bool,
     proofs_too_old: u32,
     ages_read_at: Option<Instant>,
 }
-
-/// Why a proof is void, in the audit.
-const FOUND_AGAIN: &str = "values are sealed under it again";
 
 /// A proof that finds stale rows so many times in a row is left for a while: something copies them.
 const PROOFS_IN_A_ROW: u32 = 5;
@@ -492,7 +489,7 @@ impl Drainer {
     }
 
     /// The share of the time to work, in the background.
-    fn ratio(&self) -> Option<f64> {
+    pub(super) fn ratio(&self) -> Option<f64> {
         self.background.then(guc::work_ratio)
     }
 
@@ -514,149 +511,6 @@ impl Drainer {
         }
         Ok(())
     }
-
-    /// What follows a drain, and retries of rows under quarantine, when no slot awaits a proof.
-    fn afterwards(&mut self, leaves: &[Leaf], troubles: &[registry::Trouble]) -> Result<Step> {
-        let tables: Vec<Oid> = leaves.iter().map(|leaf| leaf.table).collect();
-        work::forget_others(&tables)?;
-        for leaf in leaves {
-            let due = work::due(leaf.table)?;
-            if !due.is_empty()
-                && let Some(worked) = retry(leaf, &due)?
-            {
-                return Ok(Step::Worked(worked));
-            }
-        }
-        if !self.proves || self.only.is_some() {
-            return Ok(Step::Idle(None));
-        }
-        let voided = void_proofs_made_elsewhere()?;
-        if voided > 0 {
-            return Ok(Step::Worked(Worked {
-                what: format!("{voided} slots are proved again after a restore"),
-                ..Worked::default()
-            }));
-        }
-        if !self.background && !self.looked_at_drained && troubles.is_empty() {
-            self.looked_at_drained = true;
-            let found = self.found_again(leaves)?;
-            if found > 0 {
-                return Ok(Step::Worked(Worked {
-                    what: format!("{found} drained slots have values again"),
-                    ..Worked::default()
-                }));
-            }
-        }
-        self.end_slots(leaves, troubles)
-    }
-
-    /// By hand the drained slots are looked for once more: what an old snapshot has copied, a
-    /// subscriber received or a restore brought is then re-encrypted like all that is stale.
-    fn found_again(&self, leaves: &[Leaf]) -> Result<usize> {
-        let slots = stale::slots()?;
-        let mut drained = read::all_slots()?;
-        drained.retain(|slot| {
-            slot.state == SlotState::Drained && slots.standing(slot.id) == Standing::Stale
-        });
-        let quarantine = Quarantine::of(leaves)?;
-        drained.retain(|slot| !quarantine.holds(slot.id));
-        if drained.is_empty() {
-            return Ok(0);
-        }
-        match proof::prove(leaves, &drained, self.ratio())? {
-            Verdict::Stale(_, named) => {
-                drained.retain(|slot| named.contains(&slot.id));
-                void_proofs(&drained, FOUND_AGAIN)
-            }
-            _ => Ok(0),
-        }
-    }
-
-    /// What after_drain says of the slots that are drained and past their grace.
-    fn end_slots(&mut self, leaves: &[Leaf], troubles: &[registry::Trouble]) -> Result<Step> {
-        let mut candidates = Vec::new();
-        let mut soonest: Option<Instant> = None;
-        for (id, action) in work::after_drain()? {
-            let slot = lifecycle::slot(id)?;
-            if let Some((_, until)) = self.refused.get(&slot.id)
-                && *until > Instant::now()
-            {
-                soonest = Some(soonest.map_or(*until, |at| at.min(*until)));
-                continue;
-            }
-            candidates.push(Candidate {
-                slot,
-                destroy: action == "destroy",
-            });
-        }
-        if let Some(at) = soonest.filter(|_| candidates.is_empty()) {
-            let why = "scans have found values of the slots that are to end".to_string();
-            return Ok(Step::until(at, why));
-        }
-        let Some(first) = candidates.first() else {
-            return Ok(Step::Idle(work::next_due()?));
-        };
-        if let Some(trouble) = troubles.first() {
-            let (table, what) = (&trouble.table, &trouble.what);
-            let why = format!("slot {}: {table}: {what}", first.slot.id);
-            return Ok(Step::Wait(Duration::from_secs(60), why));
-        }
-        let answers = ending::may_go(&candidates, leaves, self.ratio())?;
-        let mut why = None;
-        let mut free = Vec::new();
-        for (candidate, answer) in candidates.into_iter().zip(answers) {
-            let id = candidate.slot.id;
-            let Some(obstacle) = answer else {
-                self.refused.remove(&id);
-                free.push(candidate);
-                continue;
-            };
-            if obstacle.scanned {
-                self.put_off_scan(id);
-            }
-            if obstacle.found {
-                void_proofs(std::slice::from_ref(&candidate.slot), FOUND_AGAIN)?;
-            }
-            why.get_or_insert_with(|| format!("slot {id}: {}", obstacle.why));
-        }
-        let ended = end(&free)?;
-        if ended < free.len() {
-            why.get_or_insert_with(|| "another session holds a key".to_string());
-        }
-        match why {
-            Some(why) if ended == 0 => Ok(Step::Wait(Duration::from_secs(10), why)),
-            _ => Ok(Step::Worked(Worked {
-                what: format!("{ended} slots have ended"),
-                ..Worked::default()
-            })),
-        }
-    }
-
-    /// A slot of which a scan has found values is not scanned for again soon: 10 s, doubling up to
-    /// an hour.
-    fn put_off_scan(&mut self, slot: SlotId) {
-        let tries = self.refused.get(&slot).map_or(0, |(tries, _)| tries + 1);
-        let wait = Duration::from_secs((10 << tries.min(9)).min(3600));
-        self.refused.insert(slot, (tries, Instant::now() + wait));
-    }
-}
-
-/// Tries rows under quarantine again; None when the table cannot be worked on now.
-fn retry(leaf: &Leaf, due: &[Tid]) -> Result<Option<Worked>> {
-    let table = match refuse_paused(leaf).and_then(|()| enter(leaf)) {
-        Ok(table) => table,
-        Err(Unable::Error(error)) => return Err(error),
-        Err(Unable::Paused(_) | Unable::Busy(_) | Unable::Refused(_)) => return Ok(None),
-    };
-    let report = retry_rows(leaf, &table, due)?;
-    for failure in &report.failed {
-        work::quarantine(leaf.table, failure)?;
-    }
-    Ok(Some(Worked {
-        what: format!("retried {} rows", due.len()),
-        table: Some(leaf.table),
-        rewritten: report.rewritten,
-    }))
 }
 
 pub(super) fn refuse_paused(leaf: &Leaf) -> std::result::Result<(), Unable> {
@@ -695,7 +549,7 @@ pub(super) fn enter(leaf: &Leaf) -> std::result::Result<Table, Unable> {
 }
 
 /// Entries whose row is well again, or gone, leave the quarantine.
-fn retry_rows(leaf: &Leaf, table: &Table, due: &[Tid]) -> Result<Report> {
+pub(super) fn retry_rows(leaf: &Leaf, table: &Table, due: &[Tid]) -> Result<Report> {
     let report = rewrite::rewrite(leaf, table, &Source::Places(due))?;
     for tid in due {
         if !report.failed.iter().any(|failure| failure.tid == *tid) {
@@ -752,33 +606,6 @@ fn wave(slots: &[SlotRow]) -> String {
     format!("{:016x}", hasher.finish())
 }
 
-/// After a restore or a copy what was proved there says nothing of the tables here. Returns how
-/// many slots await a proof again.
-fn void_proofs_made_elsewhere() -> Result<usize> {
-    let mut slots = Vec::new();
-    for id in work::proved_elsewhere(locks::identity())? {
-        slots.push(lifecycle::slot(id)?);
-    }
-    void_proofs(&slots, "made on another server or database")
-}
-
-/// Drained slots of which values were found await a proof again.
-fn void_proofs(slots: &[SlotRow], why: &str) -> Result<usize> {
-    if slots.is_empty() {
-        return Ok(0);
-    }
-    let free = lock_free(slots)?;
-    let mut voided = 0;
-    for slot in slots.iter().filter(|slot| free.contains(&slot.key_name)) {
-        let slot = lifecycle::slot(slot.id.as_i64())?;
-        if slot.state == SlotState::Drained {
-            write::transition(&slot, SlotState::Previous, "void_proof", why)?;
-            voided += 1;
-        }
-    }
-    Ok(voided)
-}
-
 /// Marks the proved slots as drained: those that are what they were when the proof began, and whose
 /// key no other session holds. Returns how many, and how many are left since a key is held.
 fn drain(slots: &[SlotRow], proof: &str) -> Result<(usize, usize)> {
@@ -801,38 +628,8 @@ fn drain(slots: &[SlotRow], proof: &str) -> Result<(usize, usize)> {
     Ok((drained, held))
 }
 
-/// Ends slots that may go: those of which the policy still says so, that are what they were before
-/// the scan, and whose key no other session holds. Returns how many keys were free.
-fn end(candidates: &[Candidate]) -> Result<usize> {
-    let slots: Vec<SlotRow> = candidates.iter().map(|c| c.slot.clone()).collect();
-    let free = lock_free(&slots)?;
-    let policy = work::after_drain()?;
-    let mut ended = 0;
-    for candidate in candidates {
-        let before = &candidate.slot;
-        if !free.contains(&before.key_name) {
-            continue;
-        }
-        ended += 1;
-        let (action, to) = match candidate.destroy {
-            true => ("destroy", SlotState::Destroyed),
-            false => ("disable", SlotState::Disabled),
-        };
-        let id = before.id.as_i64();
-        let slot = lifecycle::slot(id)?;
-        if slot.state == SlotState::Drained
-            && slot.superseded_at == before.superseded_at
-            && policy.iter().any(|(of, says)| *of == id && says == action)
-        {
-            write::transition(&slot, to, "after_drain", "")?;
-            failpoint::reach("slot.ended")?;
-        }
-    }
-    Ok(ended)
-}
-
 /// Locks the keys of the slots that nobody else holds.
-fn lock_free(slots: &[SlotRow]) -> Result<HashSet<String>> {
+pub(super) fn lock_free(slots: &[SlotRow]) -> Result<HashSet<String>> {
     let names: Vec<&str> = slots.iter().map(|slot| slot.key_name.as_str()).collect();
     write::lock_free_keys(&names)
 }

@@ -11,26 +11,28 @@ VACUUM (ANALYZE) account;
 
 CREATE SCHEMA polite;
 CREATE UNLOGGED TABLE polite.wait (
-    pid int, began timestamptz, ms numeric, PRIMARY KEY (pid, began)
+    pid int, began timestamptz, blocked_by text, ms numeric, PRIMARY KEY (pid, began, blocked_by)
 );
 
--- Every 50 ms, for so many seconds: who waits for a lock of the worker's, and for how long already.
--- A transaction for each look: one snapshot for all of them would hold back what is measured.
-CREATE PROCEDURE polite.sample(seconds numeric) LANGUAGE plpgsql AS $$
+-- Every so many ms, until so many seconds have passed or no slot awaits its drain any more: who
+-- waits for a lock of whose, and for how long already. A transaction for each look: one snapshot
+-- for all of them would hold back what is measured.
+CREATE PROCEDURE polite.sample(seconds numeric, every numeric) LANGUAGE plpgsql AS $$
 DECLARE
     until timestamptz := clock_timestamp() + seconds * interval '1 s';
 BEGIN
     WHILE clock_timestamp() < until LOOP
         INSERT INTO polite.wait
-        SELECT l.pid, l.waitstart, max(1000 * extract(epoch FROM clock_timestamp() - l.waitstart))
+        SELECT l.pid, l.waitstart, a.backend_type,
+               max(1000 * extract(epoch FROM clock_timestamp() - l.waitstart))
           FROM pg_locks l
-         WHERE NOT l.granted AND l.waitstart IS NOT NULL AND EXISTS (
-               SELECT FROM pg_stat_activity a
-                WHERE a.backend_type = 'pg_rekey worker' AND a.pid = ANY (pg_blocking_pids(l.pid)))
-         GROUP BY 1, 2
-            ON CONFLICT (pid, began) DO UPDATE SET ms = excluded.ms;
+          JOIN pg_stat_activity a ON a.pid = ANY (pg_blocking_pids(l.pid))
+         WHERE NOT l.granted AND l.waitstart IS NOT NULL
+         GROUP BY 1, 2, 3
+            ON CONFLICT (pid, began, blocked_by) DO UPDATE SET ms = excluded.ms;
         COMMIT;
-        PERFORM pg_sleep(0.05);
+        EXIT WHEN NOT EXISTS (SELECT FROM rekey.slots WHERE state = 'previous');
+        PERFORM pg_sleep(every / 1000);
     END LOOP;
 END
 $$;

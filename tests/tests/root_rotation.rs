@@ -476,7 +476,7 @@ fn a_standby_without_the_new_file_goes_on_by_the_old_wrapped_keys() {
 }
 
 #[test]
-fn a_damaged_keyring_is_named_at_start_and_costs_nothing() {
+fn a_damaged_keyring_is_named_at_start_and_by_check_and_costs_nothing() {
     let cluster = start();
     let mut client = with_rows(&cluster);
     client.text(ROTATE);
@@ -520,6 +520,13 @@ fn a_damaged_keyring_is_named_at_start_and_costs_nothing() {
         client.refuse(ROTATE, "F0000");
         client.refuse("SELECT rotate_key('pii')", "F0000");
         client.fail(&format!("SELECT rekey.retire_root_key('{first}')"), "55000");
+        let checked = client.column(
+            "SELECT object || ': ' || finding FROM rekey.check() WHERE severity = 'error'",
+        );
+        assert!(
+            checked.iter().any(|finding| finding.contains(what)),
+            "{what} is not in {checked:?}"
+        );
         assert_eq!(
             fs::read_to_string(&file).expect("the file"),
             content,

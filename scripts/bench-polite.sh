@@ -17,8 +17,14 @@ seconds=${BENCH_SECONDS:-20}
 
 "$REKEY_ROOT/scripts/build.sh" release
 CLUSTER_KEEP_LOG=$REKEY_WORK/bench-server.log
-cluster_start release "shared_buffers = 512MB" "max_wal_size = 4GB"
+cluster_start release "shared_buffers = 512MB" "max_wal_size = 4GB" "min_wal_size = 2GB"
 sql_file "$REKEY_ROOT/bench/polite.sql" -v rows="$rows" >/dev/null
+# A server that is busy reuses its WAL segments; one that has just been made stops all commits for
+# some 10 ms at each new one, to fill it with zeros. 2 GB of them, to be reused from now on.
+for _ in $(seq 130); do
+    echo "SELECT pg_current_xact_id(); SELECT pg_switch_wal();"
+done | sql_file - >/dev/null
+sql "CHECKPOINT"
 
 calc() { awk "BEGIN { printf \"$1\", $2 }"; }
 previous() { sql "SELECT count(*) FROM rekey.slots WHERE state = 'previous'"; }

@@ -2,6 +2,8 @@
 //!
 //! Called by src/worker/. Pure: no server, no clock of its own.
 
+use std::time::Duration;
+
 /// Blocks and rows of a batch, learnt from how long the last one took. Blocks alone would not do:
 /// behind a stretch where nothing is stale they would be many, and full of rows.
 #[derive(Clone, Copy, Debug)]
@@ -114,8 +116,10 @@ impl Brake {
 /// What is known after a batch.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct Facts {
-    /// Time that the batch took.
-    pub worked_ms: u64,
+    /// Time that the batch took, its own rests included.
+    pub took: Duration,
+    /// Time of it that it rested.
+    pub rested: Duration,
     /// WAL that it wrote, in bytes.
     pub wal_bytes: u64,
     /// Largest replay lag of a standby that counts, in ms.
@@ -145,20 +149,18 @@ pub struct Limits {
     pub free_disk_mb: Option<u64>,
 }
 
-/// Rest after `worked_ms` of work, so that work takes the share `ratio` of the time.
+/// Rest after so much work, so that work takes the share `ratio` of the time.
 #[must_use]
-pub fn rest_ms(worked_ms: u64, ratio: f64) -> u64 {
-    #[allow(clippy::cast_precision_loss, clippy::cast_sign_loss)]
-    #[allow(clippy::cast_possible_truncation, reason = "milliseconds of one batch")]
-    let rest = (worked_ms as f64 * (1.0 / ratio.clamp(0.01, 1.0) - 1.0)) as u64;
-    rest
+pub fn rest_after(worked: Duration, ratio: f64) -> Duration {
+    worked.mul_f64(1.0 / ratio.clamp(0.01, 1.0) - 1.0)
 }
 
 /// How long to rest before the next batch, and why; None: no rest. What endangers the server rests
 /// for a second and is looked at again.
 #[must_use]
-pub fn rest(facts: &Facts, limits: &Limits) -> Option<(u64, Brake)> {
-    const LOOK_AGAIN_MS: u64 = 1000;
+pub fn rest(facts: &Facts, limits: &Limits) -> Option<(Duration, Brake)> {
+    const LOOK_AGAIN: Duration = Duration::from_secs(1);
+    const WORTH: Duration = Duration::from_millis(1);
     let alarms = [
         (
             limits
@@ -180,14 +182,16 @@ pub fn rest(facts: &Facts, limits: &Limits) -> Option<(u64, Brake)> {
         ),
     ];
     if let Some((_, brake)) = alarms.into_iter().find(|(raised, _)| *raised) {
-        return Some((LOOK_AGAIN_MS, brake));
+        return Some((LOOK_AGAIN, brake));
     }
-    let by_ratio = rest_ms(facts.worked_ms, limits.work_ratio);
-    let by_wal = limits.wal_rate.map_or(0, |rate| {
-        (facts.wal_bytes.saturating_mul(1000) / rate.max(1)).saturating_sub(facts.worked_ms)
+    let worked = facts.took.saturating_sub(facts.rested);
+    let by_ratio = rest_after(worked, limits.work_ratio).saturating_sub(facts.rested);
+    let by_wal = limits.wal_rate.map_or(Duration::ZERO, |rate| {
+        let least = facts.wal_bytes.saturating_mul(1_000_000) / rate.max(1);
+        Duration::from_micros(least).saturating_sub(facts.took)
     });
     match by_ratio.max(by_wal) {
-        0 => None,
+        rest if rest < WORTH => None,
         rest if by_wal > by_ratio => Some((rest, Brake::WalRate)),
         rest => Some((rest, Brake::WorkRatio)),
     }
@@ -258,10 +262,13 @@ mod tests {
     #[test]
     fn a_fifth_of_the_time_is_worked() {
         let facts = Facts {
-            worked_ms: 100,
+            took: Duration::from_millis(100),
             ..Facts::default()
         };
-        assert_eq!(rest(&facts, &LIMITS), Some((400, Brake::WorkRatio)));
+        assert_eq!(
+            rest(&facts, &LIMITS),
+            Some((Duration::from_millis(400), Brake::WorkRatio))
+        );
         let unthrottled = Limits {
             work_ratio: 1.0,
             wal_rate: None,
@@ -273,17 +280,43 @@ mod tests {
     #[test]
     fn the_wal_rate_holds_over_work_and_rest_together() {
         let facts = Facts {
-            worked_ms: 100,
+            took: Duration::from_millis(100),
             wal_bytes: 32_000_000,
             ..Facts::default()
         };
-        assert_eq!(rest(&facts, &LIMITS), Some((1900, Brake::WalRate)));
+        assert_eq!(
+            rest(&facts, &LIMITS),
+            Some((Duration::from_millis(1900), Brake::WalRate))
+        );
+    }
+
+    #[test]
+    fn what_a_batch_has_rested_itself_counts() {
+        let facts = |took, rested| Facts {
+            took: Duration::from_millis(took),
+            rested: Duration::from_millis(rested),
+            ..Facts::default()
+        };
+        assert_eq!(rest(&facts(100, 80), &LIMITS), None);
+        assert_eq!(rest(&facts(100, 90), &LIMITS), None);
+        assert_eq!(
+            rest(&facts(100, 75), &LIMITS),
+            Some((Duration::from_millis(25), Brake::WorkRatio))
+        );
+        let written = Facts {
+            wal_bytes: 3_200_000,
+            ..facts(100, 80)
+        };
+        assert_eq!(
+            rest(&written, &LIMITS),
+            Some((Duration::from_millis(100), Brake::WalRate))
+        );
     }
 
     #[test]
     fn what_endangers_the_server_comes_first() {
         let calm = Facts {
-            worked_ms: 100,
+            took: Duration::from_millis(100),
             free_disk_mb: Some(5000),
             ..Facts::default()
         };
@@ -325,7 +358,7 @@ mod tests {
             ),
         ];
         for (facts, brake) in cases {
-            assert_eq!(rest(&facts, &LIMITS), Some((1000, brake)));
+            assert_eq!(rest(&facts, &LIMITS), Some((Duration::from_secs(1), brake)));
         }
     }
 }

@@ -327,6 +327,25 @@ pub fn refuse_read_only(function: &CStr) {
     unsafe { pg_sys::PreventCommandIfReadOnly(function.as_ptr()) }
 }
 
+/// The commit of the running transaction need not be on disk when it returns: for what is done
+/// again if a crash undoes it. WAL is flushed in its order, so that whatever is committed later and
+/// survives has all of this behind it.
+pub fn commit_lazily() {
+    // SAFETY: in a transaction, whose end undoes it: xact.c has read the setting by then.
+    unsafe {
+        pg_sys::set_config_option(
+            c"synchronous_commit".as_ptr(),
+            c"off".as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            pg_sys::GucAction::GUC_ACTION_LOCAL,
+            true,
+            0,
+            false,
+        );
+    }
+}
+
 /// Sleeps, but wakes for a cancel, a timeout or a shutdown, which then raise.
 pub fn sleep_ms(milliseconds: i64) {
     let events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;

@@ -171,6 +171,7 @@ fn retry(leaf: &Leaf, due: &[Tid]) -> Result<Option<Worked>> {
         what: format!("retried {} rows", due.len()),
         table: Some(leaf.table),
         rewritten: report.rewritten,
+        rested: report.rested,
     }))
 }
 

@@ -6,6 +6,7 @@
 //! locked or their values cannot be had, is followed by another. Batches, their locks and the
 //! owner's code are those of src/worker/rewrite.rs.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -14,11 +15,12 @@ use pgrx::pg_sys::{self, Oid};
 use rekey_core::schedule::{self, BatchSize};
 
 use super::drain::{Drainer, Step, Unable, Worked, covers, enter, refuse_paused};
+use super::pace::Pace;
 use super::rewrite::{self, Bad, Job, Report};
 use crate::catalog::live;
 use crate::catalog::work::{self, Book, Done, Pass};
 use crate::error::Result;
-use crate::ffi::session::ActAs;
+use crate::ffi::session::{self, ActAs};
 use crate::ffi::shared;
 use crate::ffi::subtransaction::Caught;
 use crate::ffi::table::{self, Table, columns_of};
@@ -150,13 +152,14 @@ impl Drainer {
         if let Some(earlier) = self.backfill.touched.remove(&oid) {
             table.reclaim(earlier);
         }
+        let ratio = self.ratio();
         let size = self.backfill.sizes.entry(oid).or_default();
         let blocks = pass.cursor
             ..table
                 .blocks()
                 .min(pass.cursor.saturating_add(size.blocks().min(pass.left)));
         let most = size.rows() as usize;
-        let report = fill_blocks(&table, &lives, blocks.clone(), most)?;
+        let report = fill_blocks(&table, &lives, blocks.clone(), most, ratio)?;
         let skipped = report.moved + count(report.locked.len()) + count(report.failed.len());
         let next = report.stopped_at.unwrap_or(blocks.end).max(pass.cursor);
         let seen = next - pass.cursor;
@@ -168,6 +171,7 @@ impl Drainer {
             skipped,
         };
         work::advance(Book::Backfill, oid, next, left, &done)?;
+        session::commit_lazily();
         size.learn(
             seen,
             u32::try_from(report.found).unwrap_or(u32::MAX),
@@ -197,6 +201,7 @@ impl Drainer {
             ),
             table: Some(oid),
             rewritten: report.rewritten,
+            rested: report.rested,
         }))
     }
 
@@ -281,7 +286,13 @@ fn as_leaf(table: Oid, lives: &[Live]) -> Leaf {
 }
 
 /// Fills the rows of some blocks, as the table's owner and by his privileges on the keys.
-fn fill_blocks(table: &Table, lives: &[Live], blocks: Range<u32>, most: usize) -> Result<Report> {
+fn fill_blocks(
+    table: &Table,
+    lives: &[Live],
+    blocks: Range<u32>,
+    most: usize,
+    ratio: Option<f64>,
+) -> Result<Report> {
     let mut report = Report::default();
     let pairs: Vec<i16> = lives
         .iter()
@@ -305,6 +316,7 @@ fn fill_blocks(table: &Table, lives: &[Live], blocks: Range<u32>, most: usize) -
         columns: &written,
         change: &|row, bad| missing_values(&plans, row, bad),
         heads: &|_| Ok(Vec::new()),
+        pace: RefCell::new(Pace::new(ratio)),
     };
     job.run(&places, &mut report)?;
     Ok(report)

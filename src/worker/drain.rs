@@ -23,7 +23,7 @@ use crate::catalog::work::{self, Book, Done, Pass};
 use crate::catalog::{self, write};
 use crate::error::Result;
 use crate::ffi::table::{self, Table, Tid};
-use crate::ffi::{locks, shared};
+use crate::ffi::{locks, session, shared};
 use crate::registry::{self, Leaf};
 use crate::stale::{self, Standing};
 use crate::{cache, failpoint, guc, lifecycle};
@@ -55,6 +55,8 @@ pub struct Worked {
     pub table: Option<Oid>,
     /// Rows re-encrypted.
     pub rewritten: i64,
+    /// Time that it has rested already.
+    pub rested: Duration,
 }
 
 /// The worker's memory between steps.
@@ -271,13 +273,14 @@ impl Drainer {
             return Ok(Some(Worked {
                 what: format!("{}: begins", table::name(leaf.table)?),
                 table: Some(leaf.table),
-                rewritten: 0,
+                ..Worked::default()
             }));
         }
         let begin = Instant::now();
         let table = enter(leaf)?;
         let pass = self.pass(&table, wave)?;
         let name = table::name(leaf.table)?;
+        let ratio = self.ratio();
         let size = self.sizes.entry(leaf.table).or_default();
         let mut report;
         let mut seen = 0;
@@ -294,7 +297,7 @@ impl Drainer {
             }
             let count = size.blocks().min(left).min(blocks - cursor.min(blocks));
             let source = Source::Blocks(cursor..cursor + count, size.rows() as usize);
-            report = rewrite::rewrite(leaf, &table, &source)?;
+            report = rewrite::rewrite(leaf, &table, &source, ratio)?;
             let next = report.stopped_at.unwrap_or(cursor + count);
             if report.rewritten > 0 {
                 self.touched.insert(leaf.table, cursor..next);
@@ -306,7 +309,7 @@ impl Drainer {
             let places = self.findings.remove(&leaf.table).unwrap_or_default();
             let count = places.len().min(size.rows() as usize);
             let (now, later) = places.split_at(count);
-            report = rewrite::rewrite(leaf, &table, &Source::Places(now))?;
+            report = rewrite::rewrite(leaf, &table, &Source::Places(now), ratio)?;
             if !later.is_empty() {
                 self.findings.insert(leaf.table, later.to_vec());
             }
@@ -324,6 +327,7 @@ impl Drainer {
         failpoint::reach("batch.rewritten")?;
         work::advance(Book::Rotation, leaf.table, cursor, left, &done)?;
         failpoint::reach("batch.advanced")?;
+        session::commit_lazily();
         let took = begin.elapsed();
         size.learn(
             seen,
@@ -351,6 +355,7 @@ impl Drainer {
             ),
             table: Some(leaf.table),
             rewritten: report.rewritten,
+            rested: report.rested,
         }))
     }
 
@@ -550,7 +555,7 @@ pub(super) fn enter(leaf: &Leaf) -> std::result::Result<Table, Unable> {
 
 /// Entries whose row is well again, or gone, leave the quarantine.
 pub(super) fn retry_rows(leaf: &Leaf, table: &Table, due: &[Tid]) -> Result<Report> {
-    let report = rewrite::rewrite(leaf, table, &Source::Places(due))?;
+    let report = rewrite::rewrite(leaf, table, &Source::Places(due), None)?;
     for tid in due {
         if !report.failed.iter().any(|failure| failure.tid == *tid) {
             work::resolve(leaf.table, *tid)?;

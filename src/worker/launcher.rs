@@ -206,14 +206,15 @@ fn visit() {
         let begin = std::time::Instant::now();
         let step = background::transaction(|| drainer.step());
         shared::working_on(0);
-        let worked_ms = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let took = begin.elapsed();
         match step {
             Ok(Step::Worked(worked)) => {
                 failures = 0;
                 background::report(&worked.what);
                 let facts = Facts {
                     // The scan of a proof has rested already.
-                    worked_ms: worked.table.map_or(0, |_| worked_ms),
+                    took: worked.table.map_or(Duration::ZERO, |_| took),
+                    rested: worked.rested,
                     wal_bytes: background::wal_written() - wal,
                     ..Facts::default()
                 };
@@ -252,30 +253,31 @@ fn visit() {
     while !shared::finish(database, None) {}
 }
 
-/// A rest of so many milliseconds is worth a note.
-const LONG_REST: u64 = 1000;
+/// A rest of so long is worth a note.
+const LONG_REST: Duration = Duration::from_secs(1);
 
 /// Rests after a batch: once for the work just done, and for as long as an alarm lasts.
 fn rest(worked: &Worked, mut facts: Facts, throttle: &mut throttle::Gauge) {
     loop {
         let read = background::transaction(|| throttle.read(&mut facts, worked.table));
-        let Some((ms, brake)) = read
+        let Some((time, brake)) = read
             .ok()
             .and_then(|()| schedule::rest(&facts, &throttle::limits()))
         else {
             return;
         };
-        if ms >= LONG_REST {
+        if time >= LONG_REST {
             background::report(&format!("{}; rests: {}", worked.what, brake.words()));
             let table = worked.table.unwrap_or(pg_sys::InvalidOid);
             // For people only: that it could not be written stops nothing.
             let _ = background::transaction(|| work::put_off(table, brake.words()));
         }
-        background::sleep(Some(Duration::from_millis(ms)));
+        background::sleep(Some(time));
         if !brake.is_alarm() || !guc::worker() {
             return;
         }
-        facts.worked_ms = 0;
+        facts.took = Duration::ZERO;
+        facts.rested = Duration::ZERO;
         facts.wal_bytes = 0;
     }
 }

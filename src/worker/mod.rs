@@ -14,6 +14,7 @@ pub mod elsewhere;
 pub mod ending;
 pub mod forecast;
 pub mod launcher;
+pub mod pace;
 pub mod proof;
 pub mod refresh;
 pub mod rewrite;

@@ -133,13 +133,12 @@ struct Pace {
 impl Pace {
     /// After a chunk: rests when enough has been worked for a rest to be worth it.
     fn rest(&mut self) {
-        const WORTH_MS: u64 = 20;
-        let worked = self.worked_since.elapsed().as_millis();
-        let worked = u64::try_from(worked).unwrap_or(u64::MAX);
+        const WORTH: Duration = Duration::from_millis(20);
+        let worked = self.worked_since.elapsed();
         if let Some(ratio) = self.ratio
-            && worked >= WORTH_MS
+            && worked >= WORTH
         {
-            let until = Instant::now() + Duration::from_millis(schedule::rest_ms(worked, ratio));
+            let until = Instant::now() + schedule::rest_after(worked, ratio);
             while let Some(left) = until.checked_duration_since(Instant::now()) {
                 let left = i64::try_from(left.as_millis()).unwrap_or(i64::MAX);
                 session::sleep_ms(left.saturating_add(1));

@@ -7,13 +7,15 @@
 //! I5, only the very version that was read is updated; I14, a bad row holds up no other; I15, no
 //! lock is waited for and the owner's code runs against a clock.
 
+use std::cell::RefCell;
 use std::collections::HashSet;
 use std::ops::Range;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pgrx::{PgSqlErrorCode as Code, pg_sys};
 use rekey_core::envelope::SlotId;
 
+use super::pace::Pace;
 use super::refresh::Refresher;
 use crate::catalog::work::{self, Failure};
 use crate::error::{Error, Result};
@@ -61,10 +63,18 @@ pub struct Report {
     pub failed: Vec<Failure>,
     /// The owner's code took too long.
     pub slow: bool,
+    /// Time that it rested between rows.
+    pub rested: Duration,
 }
 
-/// Re-encrypts the stale rows of `source`. The caller holds the barrier and the table's lock.
-pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report> {
+/// Re-encrypts the stale rows of `source`, with a ratio in that share of the time. The caller holds
+/// the barrier and the table's lock.
+pub fn rewrite(
+    leaf: &Leaf,
+    table: &Table,
+    source: &Source<'_>,
+    ratio: Option<f64>,
+) -> Result<Report> {
     let mut report = Report::default();
     let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
     let kinds: Vec<Holds> = leaf.columns.iter().map(LeafColumn::holds).collect();
@@ -110,6 +120,7 @@ pub fn rewrite(leaf: &Leaf, table: &Table, source: &Source<'_>) -> Result<Report
         columns: &columns,
         change: &|row, bad| stale.change(row, bad),
         heads: &|place| stale.heads_at(place),
+        pace: RefCell::new(Pace::new(ratio)),
     };
     job.run(&places, &mut report)?;
     Ok(report)
@@ -213,6 +224,8 @@ pub struct Job<'a> {
     pub change: Change<'a>,
     /// The envelopes of one row that a failure of the row as a whole concerns.
     pub heads: &'a dyn Fn(Tid) -> Result<Vec<Head>>,
+    /// Its rests between rows.
+    pub pace: RefCell<Pace>,
 }
 
 /// The new values of a row, in the memory context that lasts until it is stored. What is wrong with
@@ -254,6 +267,7 @@ impl Job<'_> {
                 },
             }
         }
+        report.rested = self.pace.borrow().rested();
         Ok(())
     }
 
@@ -282,6 +296,7 @@ impl Job<'_> {
                     Updated::Suppressed => bad.suppressed(),
                 }
                 attempt.failed.extend(bad.failure(place));
+                self.pace.borrow_mut().rest();
             }
             updater.finish();
             failpoint::reach("rows.updated")?;

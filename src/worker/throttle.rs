@@ -29,7 +29,8 @@ impl Gauge {
             self.read_at = Some(Instant::now());
         }
         *facts = Facts {
-            worked_ms: facts.worked_ms,
+            took: facts.took,
+            rested: facts.rested,
             wal_bytes: facts.wal_bytes,
             ..self.last
         };

@@ -520,9 +520,8 @@ fn a_damaged_keyring_is_named_at_start_and_by_check_and_costs_nothing() {
         client.refuse(ROTATE, "F0000");
         client.refuse("SELECT rotate_key('pii')", "F0000");
         client.fail(&format!("SELECT rekey.retire_root_key('{first}')"), "55000");
-        let checked = client.column(
-            "SELECT object || ': ' || finding FROM rekey.check() WHERE severity = 'error'",
-        );
+        let checked = client
+            .column("SELECT object || ': ' || finding FROM rekey.check() WHERE severity = 'error'");
         assert!(
             checked.iter().any(|finding| finding.contains(what)),
             "{what} is not in {checked:?}"

@@ -183,3 +183,45 @@ fn a_standby_that_lags_if_it_is_one_that_counts() {
     replica.run("SELECT pg_wal_replay_resume()");
     goes_on(&mut client);
 }
+
+#[test]
+fn a_batch_rests_between_its_rows_too() {
+    let cluster = Cluster::start(options());
+    let mut client = prepare(&cluster);
+    set(&cluster, &mut client, "rekey.work_ratio = 0.01");
+    client.run("SELECT rotate_key('pii')");
+    // It has rows of its own and waits for nothing but its latch.
+    let rests = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'pg_rekey worker' \
+                    AND backend_xid IS NOT NULL AND wait_event = 'Extension'";
+    wait_until("it rests in the middle of a batch", || {
+        client.number(rests) == 1
+    });
+    set(&cluster, &mut client, "rekey.work_ratio = 1");
+    goes_on(&mut client);
+}
+
+#[test]
+fn a_batch_does_not_keep_its_rows_until_a_synchronous_standby_has_it() {
+    let cluster = Cluster::start(options().set("rekey.batch_target = 1ms"));
+    let mut client = prepare(&cluster);
+    set(&cluster, &mut client, "rekey.work_ratio = 0.01");
+    client.run("SELECT rotate_key('pii')");
+    wait_until("it is in the middle of the table", || {
+        client.number("SELECT coalesce(sum(rows_rewritten), 0)::bigint FROM rekey.progress") > 0
+    });
+    set(&cluster, &mut client, "synchronous_standby_names = 'gone'");
+    // The end of the slot is one that does wait.
+    wait_until("the rows are re-encrypted", || {
+        client.number("SELECT count(*) FROM t WHERE rekey.is_stale(c)") == 0
+    });
+    let waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+    wait_until("the proof waits for the standby", || {
+        client.number(waits) == 1
+    });
+    assert_eq!(
+        client.number("SELECT count(*) FROM rekey.slots WHERE state = 'previous'"),
+        1
+    );
+    reset(&cluster, &mut client, "synchronous_standby_names");
+    goes_on(&mut client);
+}

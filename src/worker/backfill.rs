@@ -171,7 +171,9 @@ impl Drainer {
             skipped,
         };
         work::advance(Book::Backfill, oid, next, left, &done)?;
-        session::commit_lazily();
+        if self.background {
+            session::commit_lazily();
+        }
         size.learn(
             seen,
             u32::try_from(report.found).unwrap_or(u32::MAX),

@@ -327,7 +327,9 @@ impl Drainer {
         failpoint::reach("batch.rewritten")?;
         work::advance(Book::Rotation, leaf.table, cursor, left, &done)?;
         failpoint::reach("batch.advanced")?;
-        session::commit_lazily();
+        if self.background {
+            session::commit_lazily();
+        }
         let took = begin.elapsed();
         size.learn(
             seen,

@@ -37,6 +37,8 @@ fn take_signals() {
             libc::sigemptyset(&mut action.sa_mask);
             libc::sigaction(signal, &action, std::ptr::null_mut());
         }
+        // A reload between our start and this line was ignored: bgworker.c has SIG_IGN for it.
+        pg_sys::ConfigReloadPending = 1;
         pg_sys::BackgroundWorkerUnblockSignals();
     }
 }
@@ -48,6 +50,7 @@ pub fn connect_to_none() {
     unsafe {
         pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);
     }
+    read_settings();
 }
 
 /// Connects to a database as the bootstrap superuser. Does not return when it is gone.
@@ -68,6 +71,7 @@ pub fn connect_to(database: pg_sys::Oid) {
             );
         }
     }
+    read_settings();
 }
 
 /// Sleeps until the time is over, for ever without one, or until roused. Reads the configuration

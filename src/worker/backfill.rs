@@ -318,7 +318,7 @@ fn fill_blocks(
         columns: &written,
         change: &|row, bad| missing_values(&plans, row, bad),
         heads: &|_| Ok(Vec::new()),
-        pace: RefCell::new(Pace::new(ratio)),
+        pace: RefCell::new(Pace::of_batch(ratio)),
     };
     job.run(&places, &mut report)?;
     Ok(report)

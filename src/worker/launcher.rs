@@ -269,8 +269,11 @@ fn rest(worked: &Worked, mut facts: Facts, throttle: &mut throttle::Gauge) {
         if time >= LONG_REST {
             background::report(&format!("{}; rests: {}", worked.what, brake.words()));
             let table = worked.table.unwrap_or(pg_sys::InvalidOid);
-            // For people only: that it could not be written stops nothing.
-            let _ = background::transaction(|| work::put_off(table, brake.words()));
+            // For people only: that it could not be written stops nothing, and nobody waits for it.
+            let _ = background::transaction(|| {
+                session::commit_lazily();
+                work::put_off(table, brake.words())
+            });
         }
         background::sleep(Some(time));
         if !brake.is_alarm() || !guc::worker() {

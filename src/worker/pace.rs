@@ -10,26 +10,28 @@ use std::time::{Duration, Instant};
 use rekey_core::schedule;
 
 use crate::ffi::session;
+use crate::guc;
 
 /// So much work at least is done between two rests: a rest has its price too. On two cores whoever
 /// wakes up beside a piece of 1 ms waits for its end; of 100 µs nothing more was gained.
 const PIECE: Duration = Duration::from_micros(250);
-/// Of a step that takes long the rest comes behind it: rows are locked, and the clock of the
-/// owner's code runs.
-const MOST: Duration = Duration::from_secs(1);
 
 /// Works a share of the time.
 pub struct Pace {
     ratio: Option<f64>,
+    within: Duration,
     begin: Instant,
     rested: Duration,
 }
 
 impl Pace {
-    /// Begins now, with that share; None: without a rest.
-    pub fn new(ratio: Option<f64>) -> Pace {
+    /// Of a batch that begins now, with that share; None: without a rest. Rests that do not fit
+    /// into rekey.batch_target come behind the batch: rows are locked, and the clock of the owner's
+    /// code runs.
+    pub fn of_batch(ratio: Option<f64>) -> Pace {
         Pace {
             ratio,
+            within: Duration::from_millis(guc::batch_target_ms()),
             begin: Instant::now(),
             rested: Duration::ZERO,
         }
@@ -37,14 +39,16 @@ impl Pace {
 
     /// After a piece of work: rests when enough has been worked for it. A cancel gets through.
     pub fn rest(&mut self) {
-        let Some(ratio) = self.ratio.filter(|_| self.rested < MOST) else {
+        let took = self.begin.elapsed();
+        let Some(ratio) = self.ratio.filter(|_| took < self.within) else {
             return;
         };
-        let worked = self.begin.elapsed().saturating_sub(self.rested);
+        let worked = took.saturating_sub(self.rested);
         let due = schedule::rest_after(worked, ratio).saturating_sub(self.rested);
         if due.is_zero() || due < schedule::rest_after(PIECE, ratio) {
             return;
         }
+        let due = due.min(self.within - took);
         let begin = Instant::now();
         while let Some(left) = due.checked_sub(begin.elapsed()) {
             // Of what is less than a millisecond the next rest takes account.

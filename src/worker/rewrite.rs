@@ -120,7 +120,7 @@ pub fn rewrite(
         columns: &columns,
         change: &|row, bad| stale.change(row, bad),
         heads: &|place| stale.heads_at(place),
-        pace: RefCell::new(Pace::new(ratio)),
+        pace: RefCell::new(Pace::of_batch(ratio)),
     };
     job.run(&places, &mut report)?;
     Ok(report)

@@ -202,9 +202,9 @@ fn a_batch_rests_between_its_rows_too() {
 
 #[test]
 fn a_batch_does_not_keep_its_rows_until_a_synchronous_standby_has_it() {
-    let cluster = Cluster::start(options().set("rekey.batch_target = 1ms"));
+    let cluster = Cluster::start(options().set("rekey.batch_target = 5ms"));
     let mut client = prepare(&cluster);
-    set(&cluster, &mut client, "rekey.work_ratio = 0.01");
+    set(&cluster, &mut client, "rekey.work_ratio = 0.05");
     client.run("SELECT rotate_key('pii')");
     wait_until("it is in the middle of the table", || {
         client.number("SELECT coalesce(sum(rows_rewritten), 0)::bigint FROM rekey.progress") > 0

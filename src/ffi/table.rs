@@ -167,7 +167,19 @@ impl Table {
         columns: &[i16],
         look: impl FnMut(Tid, &[Option<pg_sys::Datum>]) -> bool,
     ) {
-        self.scan_by(snapshot.0, blocks, columns, look);
+        self.scan_by(snapshot.0, blocks, columns, |c| self.has_bytea(c), look);
+    }
+
+    /// As `scan`, but of columns of any type: `look` may only ask which are NULL, unless it knows
+    /// the types behind this lock.
+    pub fn scan_any(
+        &self,
+        snapshot: &Snapshot,
+        blocks: Range<u32>,
+        columns: &[i16],
+        look: impl FnMut(Tid, &[Option<pg_sys::Datum>]) -> bool,
+    ) {
+        self.scan_by(snapshot.0, blocks, columns, |_| true, look);
     }
 
     /// As `scan`, but looks at every row version that is not dead to everyone: also at those that
@@ -191,7 +203,7 @@ impl Table {
                 ..pg_sys::SnapshotData::default()
             }
         };
-        self.scan_by(&mut every, blocks, columns, look);
+        self.scan_by(&mut every, blocks, columns, |c| self.has_bytea(c), look);
     }
 
     /// Whether a snapshot sees the row version at a place.
@@ -215,13 +227,13 @@ impl Table {
         snapshot: pg_sys::Snapshot,
         blocks: Range<u32>,
         columns: &[i16],
+        is_read: impl Fn(i16) -> bool,
         mut look: impl FnMut(Tid, &[Option<pg_sys::Datum>]) -> bool,
     ) {
         if blocks.is_empty() {
             return;
         }
-        let is_read = |column: &i16| self.has_bytea(*column);
-        let read: Vec<bool> = columns.iter().map(is_read).collect();
+        let read: Vec<bool> = columns.iter().map(|column| is_read(*column)).collect();
         let there = columns.iter().zip(&read).filter(|(_, read)| **read);
         let highest = there.map(|(column, _)| *column).max().unwrap_or(0);
         // As many as there are: one that is left out would be proved to hold nothing.

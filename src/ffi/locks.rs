@@ -64,6 +64,33 @@ pub fn holders(table: pg_sys::Oid) -> Vec<Holder> {
     holders
 }
 
+/// The transactions of this database with a snapshot that may see rows which were deleted before
+/// `xmin`, as CREATE INDEX CONCURRENTLY looks for them (WaitForOlderSnapshots in
+/// src/backend/commands/indexcmds.c). Not prepared ones, which see nothing any more, nor VACUUM and
+/// autovacuum, nor index builds that run nobody's code: these copy no row.
+pub fn older_snapshots(xmin: pg_sys::TransactionId) -> Vec<Holder> {
+    // The function's limit is inclusive; xids below 3 are special.
+    let before = match xmin.into_inner() {
+        0..=3 => u32::MAX,
+        xmin => xmin - 1,
+    };
+    let leave_out = pg_sys::PROC_IS_AUTOVACUUM | pg_sys::PROC_IN_VACUUM | pg_sys::PROC_IN_SAFE_IC;
+    let mut count = 0;
+    // SAFETY: returns a palloc'd array and its length; under the lock of the array of processes.
+    unsafe {
+        let list = pg_sys::GetCurrentVirtualXIDs(
+            pg_sys::TransactionId::from_inner(before),
+            true,
+            false,
+            i32::try_from(leave_out).unwrap_or(0),
+            &mut count,
+        );
+        (0..usize::try_from(count).unwrap_or(0))
+            .map(|at| Holder(*list.add(at)))
+            .collect()
+    }
+}
+
 /// Waits until the transaction that has written a row of rekey.key_slot has ended for everyone:
 /// until its invalidations are sent. In CommitTransaction (src/backend/access/transam/xact.c) the
 /// row becomes visible first, then the invalidations go out, then the locks are given back. Where

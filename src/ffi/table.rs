@@ -141,6 +141,11 @@ impl Table {
         }
     }
 
+    /// Whether a column is there, and of type bytea or a domain over it.
+    pub fn has_bytea(&self, attnum: i16) -> bool {
+        super::relation::is_bytea(self.oid(), attnum)
+    }
+
     /// Blocks of the main fork.
     pub fn blocks(&self) -> u32 {
         // SAFETY: open, with storage.
@@ -151,49 +156,128 @@ impl Table {
 
     /// Looks at every row version of `blocks` that `snapshot` sees, in order. `look` gets the tid
     /// and the datums of `columns` (None for NULL), valid during the call only; it returns false to
-    /// end the scan. It must not panic.
+    /// end the scan. It must not panic. What it allocates goes with the block.
     ///
-    /// One guard for the whole scan, since a guard per row would cost more than the row: nothing
-    /// that needs dropping lives inside it.
+    /// A column that is not of type bytea, behind this lock, counts as NULL: any other datum would
+    /// be taken for a pointer. Whoever proves something asks `has_bytea` first.
     pub fn scan(
         &self,
         snapshot: &Snapshot,
         blocks: Range<u32>,
         columns: &[i16],
+        look: impl FnMut(Tid, &[Option<pg_sys::Datum>]) -> bool,
+    ) {
+        self.scan_by(snapshot.0, blocks, columns, |c| self.has_bytea(c), look);
+    }
+
+    /// As `scan`, but of columns of any type: `look` may only ask which are NULL, unless it knows
+    /// the types behind this lock.
+    pub fn scan_any(
+        &self,
+        snapshot: &Snapshot,
+        blocks: Range<u32>,
+        columns: &[i16],
+        look: impl FnMut(Tid, &[Option<pg_sys::Datum>]) -> bool,
+    ) {
+        self.scan_by(snapshot.0, blocks, columns, |_| true, look);
+    }
+
+    /// As `scan`, but looks at every row version that is not dead to everyone: also at those that
+    /// only older snapshots see, and at what others have inserted and not committed.
+    pub fn scan_versions(
+        &self,
+        blocks: Range<u32>,
+        columns: &[i16],
+        look: impl FnMut(Tid, &[Option<pg_sys::Datum>]) -> bool,
+    ) {
+        // SAFETY: InitNonVacuumableSnapshot of src/include/utils/snapmgr.h: plain data, of which
+        // this kind of snapshot uses these two fields. Asking for the horizon brings the
+        // approximate ones of this process up to date, so that no value is read whose main row only
+        // looks as if somebody saw it, while VACUUM has taken its toasted part away. Within one
+        // chunk that may still happen, and then ends in an ERROR.
+        let mut every = unsafe {
+            pg_sys::GetOldestNonRemovableTransactionId(self.relation);
+            pg_sys::SnapshotData {
+                snapshot_type: pg_sys::SnapshotType::SNAPSHOT_NON_VACUUMABLE,
+                vistest: pg_sys::GlobalVisTestFor(self.relation),
+                ..pg_sys::SnapshotData::default()
+            }
+        };
+        self.scan_by(&mut every, blocks, columns, |c| self.has_bytea(c), look);
+    }
+
+    /// Whether a snapshot sees the row version at a place.
+    pub fn sees(&self, snapshot: &Snapshot, tid: Tid) -> bool {
+        let mut item = tid.item();
+        // SAFETY: the relation is open and locked, the snapshot registered; the slot is dropped
+        // here, after an ERROR by the abort.
+        unsafe {
+            let slot = pg_sys::table_slot_create(self.relation, std::ptr::null_mut());
+            let seen =
+                pg_sys::table_tuple_fetch_row_version(self.relation, &mut item, snapshot.0, slot);
+            pg_sys::ExecDropSingleTupleTableSlot(slot);
+            seen
+        }
+    }
+
+    /// One guard for the whole scan, since a guard per row would cost more than the row: nothing
+    /// that needs dropping lives inside it.
+    fn scan_by(
+        &self,
+        snapshot: pg_sys::Snapshot,
+        blocks: Range<u32>,
+        columns: &[i16],
+        is_read: impl Fn(i16) -> bool,
         mut look: impl FnMut(Tid, &[Option<pg_sys::Datum>]) -> bool,
     ) {
         if blocks.is_empty() {
             return;
         }
-        let highest = columns.iter().copied().max().unwrap_or(1);
+        let read: Vec<bool> = columns.iter().map(|column| is_read(*column)).collect();
+        let there = columns.iter().zip(&read).filter(|(_, read)| **read);
+        let highest = there.map(|(column, _)| *column).max().unwrap_or(0);
         // As many as there are: one that is left out would be proved to hold nothing.
         let mut values: Vec<Option<pg_sys::Datum>> = vec![None; columns.len()];
         let (mut low, mut high) = ends(&blocks);
-        // SAFETY: the relation is open and locked, the snapshot registered. The slot is dropped
-        // and the scan ended here; after an ERROR the abort releases both. The table's own
-        // functions are called directly, under one guard.
+        // SAFETY: the relation is open and locked, the snapshot registered, or one that needs not
+        // be. The slot is dropped and the scan ended here; after an ERROR the abort releases both,
+        // and the rows' context with the current one. The table's own functions are called
+        // directly, under one guard. The columns that are read exist: `highest` is one of them.
         unsafe {
             let slot = pg_sys::table_slot_create(self.relation, std::ptr::null_mut());
             let scan =
-                pg_sys::table_beginscan_tidrange(self.relation, snapshot.0, &mut low, &mut high);
+                pg_sys::table_beginscan_tidrange(self.relation, snapshot, &mut low, &mut high);
             let next = (*(*self.relation).rd_tableam)
                 .scan_getnextslot_tidrange
                 .unwrap_unchecked();
+            let previous = pg_sys::CurrentMemoryContext;
+            let rows = rows_context(previous);
+            let mut block = blocks.start;
             pg_sys::ffi::pg_guard_ffi_boundary(|| {
                 while next(scan, pg_sys::ScanDirection::ForwardScanDirection, slot) {
                     if (*slot).tts_nvalid < highest {
                         slot_getsomeattrs_int(slot, i32::from(highest));
                     }
-                    for (value, column) in values.iter_mut().zip(columns) {
-                        let at = usize::from(column.unsigned_abs()) - 1;
-                        let null = *(*slot).tts_isnull.add(at);
+                    for ((value, column), read) in values.iter_mut().zip(columns).zip(&read) {
+                        let at = usize::from(column.unsigned_abs()).wrapping_sub(1);
+                        let null = !*read || *(*slot).tts_isnull.add(at);
                         *value = (!null).then(|| *(*slot).tts_values.add(at));
                     }
-                    if !look(Tid::of(&(*slot).tts_tid), &values) {
+                    let tid = Tid::of(&(*slot).tts_tid);
+                    // Each value that is toasted costs an allocation: a table may have millions.
+                    if tid.block != block {
+                        pg_sys::MemoryContextReset(rows);
+                        block = tid.block;
+                    }
+                    pg_sys::CurrentMemoryContext = rows;
+                    let go_on = look(tid, &values);
+                    pg_sys::CurrentMemoryContext = previous;
+                    if !go_on {
                         break;
                     }
                 }
             });
+            pg_sys::MemoryContextDelete(rows);
             pg_sys::table_endscan(scan);
             pg_sys::ExecDropSingleTupleTableSlot(slot);
         }
@@ -315,6 +399,13 @@ impl Snapshot {
     pub fn latest() -> Snapshot {
         // SAFETY: in a transaction; registered, so that it outlives command boundaries.
         unsafe { Snapshot(pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot())) }
+    }
+
+    /// The oldest transaction that had not ended when the snapshot was taken. What was deleted by it
+    /// or a later one stays in its place for as long as the snapshot is registered.
+    pub fn xmin(&self) -> pg_sys::TransactionId {
+        // SAFETY: registered.
+        unsafe { (*self.0).xmin }
     }
 
     /// The first transaction id that the snapshot does not see: every transaction that could still

@@ -547,6 +547,12 @@ pub(super) fn enter(leaf: &Leaf) -> std::result::Result<Table, Unable> {
         return Err(Unable::Refused("it is no heap table".to_string()));
     }
     let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
+    // The leaves were read without a lock: a column may have another type by now. Live columns,
+    // which come without a name, are of any type.
+    let mut registered = leaf.columns.iter().filter(|column| !column.name.is_empty());
+    if !registered.all(|column| table.has_bytea(column.attnum)) {
+        return Err(Unable::Refused("its columns have changed".to_string()));
+    }
     let refusal = registry::refusal(table.relation(), &columns, leaf.fire_triggers);
     if let Some((why, name)) = refusal {
         return Err(Unable::Refused(format!("it {why}: {name}")));

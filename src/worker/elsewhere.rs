@@ -2,20 +2,24 @@
 //! materialized views, defaults.
 //!
 //! Called by find_envelopes() and before a slot is destroyed. Every table is read once, headers
-//! only; a table that is locked is said to be so and counts as a place. Arrays, composites, other
+//! only, in chunks between which no lock is held, as in src/worker/proof.rs; a table that is locked
+//! or changes meanwhile is said to be so and counts as a place. Arrays, composites, other
 //! types and what clients keep are not looked into. check() has samples of a few blocks instead,
 //! of registered columns too; they assign no transaction id and wait for no lock.
 
 use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
 use pgrx::pg_sys::{self, Oid};
 use rekey_core::envelope::{CIPHERTEXT_AT, SlotId};
 use serde_json::{Value, json};
 
+use super::proof::{self, CHUNK, Pace, Verdict};
 use crate::error::Result;
+use crate::failpoint;
 use crate::ffi::sql;
 use crate::ffi::table::{self, Snapshot, Table};
-use crate::registry;
+use crate::registry::{self, Leaf};
 use crate::stale::{self, BySlot, Holds, Standing};
 
 /// Envelopes of one slot in one place.
@@ -57,9 +61,8 @@ struct Column {
     name: String,
 }
 
-/// The columns that a query gives which are not registered.
-fn unregistered(found: Vec<Vec<Option<String>>>) -> Result<Vec<Column>> {
-    let (leaves, _) = registry::leaves()?;
+/// The columns that a query gives which are not among the registered ones.
+fn unregistered(found: Vec<Vec<Option<String>>>, leaves: &[Leaf]) -> Vec<Column> {
     let registered: HashSet<(Oid, i16)> = leaves
         .iter()
         .flat_map(|leaf| leaf.columns.iter().map(|c| (leaf.table, c.attnum)))
@@ -72,9 +75,8 @@ fn unregistered(found: Vec<Vec<Option<String>>>) -> Result<Vec<Column>> {
         })
     };
     let all = found.into_iter().filter_map(column);
-    Ok(all
-        .filter(|column| !registered.contains(&(column.table, column.attnum)))
-        .collect())
+    all.filter(|column| !registered.contains(&(column.table, column.attnum)))
+        .collect()
 }
 
 fn number(cell: &Option<String>) -> Option<u32> {
@@ -86,45 +88,37 @@ pub(super) fn named(datum: pg_sys::Datum) -> Option<SlotId> {
     Holds::Envelopes.found(datum).map(|(_, slot)| slot)
 }
 
-/// Every place that is not registered and holds envelopes of slots of this database.
-pub fn all() -> Result<Vec<Place>> {
-    let slots = stale::slots()?;
-    let snapshot = Snapshot::latest();
+/// A table that stores rows, with its columns that are not registered.
+struct Source {
+    table: Oid,
+    name: String,
+    columns: Vec<Column>,
+    /// The file that it was in before the snapshot was taken; None: it was locked.
+    file: Option<Oid>,
+}
+
+/// Every place outside these registered columns that holds envelopes of slots of this database. One
+/// snapshot sees them all: with `max_age` a table at which it gets older is not read. With a ratio
+/// that share of the time is work.
+pub fn all(leaves: &[Leaf], ratio: Option<f64>, max_age: Option<Duration>) -> Result<Vec<Place>> {
+    // Files before the snapshot, as in the proof: else it would miss what was rewritten between.
+    let sources = sources(unregistered(sql::rows(COLUMNS, &[])?, leaves))?;
+    let mut reading = Reading {
+        snapshot: Snapshot::latest(),
+        begin: Instant::now(),
+        max_age,
+        pace: Pace::new(ratio),
+    };
     let mut places = Vec::new();
-    for column in unregistered(sql::rows(COLUMNS, &[])?)? {
-        let Some(table) = Table::open_for_scan(column.table) else {
-            places.push(Place {
-                table: table::name(column.table)?,
-                column: format!("{} (locked, not read)", column.name),
+    for source in &sources {
+        match reading.read(source)? {
+            Ok(found) => places.extend(found),
+            Err(why) => places.extend(source.columns.iter().map(|column| Place {
+                table: source.name.clone(),
+                column: format!("{} ({why}, not read)", column.name),
                 slot: None,
                 envelopes: 0,
-            });
-            continue;
-        };
-        if !table.stores_heap() {
-            continue;
-        }
-        let mut counts: BySlot<i64> = BySlot::default();
-        table.scan(
-            &snapshot,
-            0..table.blocks(),
-            &[column.attnum],
-            |_, values| {
-                if let Some(slot) = values[0].and_then(named)
-                    && slots.standing(slot) != Standing::Unknown
-                {
-                    *counts.entry(slot).or_insert(0) += 1;
-                }
-                true
-            },
-        );
-        for (slot, envelopes) in counts {
-            places.push(Place {
-                table: table::name(column.table)?,
-                column: column.name.clone(),
-                slot: Some(slot),
-                envelopes,
-            });
+            })),
         }
     }
     for place in in_defaults()? {
@@ -134,6 +128,103 @@ pub fn all() -> Result<Vec<Place>> {
         });
     }
     Ok(places)
+}
+
+/// The columns by table, with the table's file; without those of tables that are gone or no heaps.
+fn sources(columns: Vec<Column>) -> Result<Vec<Source>> {
+    let mut sources: Vec<Source> = Vec::new();
+    for column in columns {
+        if let Some(last) = sources.last_mut()
+            && last.table == column.table
+        {
+            last.columns.push(column);
+            continue;
+        }
+        let table = Table::open_for_scan(column.table);
+        let name = table::name(column.table)?;
+        let is_gone = table.is_none() && name == column.table.to_u32().to_string();
+        if is_gone || table.as_ref().is_some_and(|table| !table.stores_heap()) {
+            continue;
+        }
+        sources.push(Source {
+            table: column.table,
+            name,
+            columns: vec![column],
+            file: table.map(|table| table.file()),
+        });
+    }
+    Ok(sources)
+}
+
+/// The scan of one source after the other.
+struct Reading {
+    snapshot: Snapshot,
+    begin: Instant,
+    max_age: Option<Duration>,
+    pace: Pace,
+}
+
+impl Reading {
+    /// What a table holds, or why it was not read.
+    fn read(&mut self, source: &Source) -> Result<std::result::Result<Vec<Place>, &'static str>> {
+        let Some(file) = source.file else {
+            return Ok(Err("locked"));
+        };
+        let slots = stale::slots()?;
+        let attnums: Vec<i16> = source.columns.iter().map(|column| column.attnum).collect();
+        let mut counts: Vec<BySlot<i64>> = attnums.iter().map(|_| BySlot::default()).collect();
+        let mut blocks = None;
+        let mut next = 0;
+        loop {
+            let table = match proof::open(source.table, &source.name)? {
+                Ok(table) => table,
+                Err(Verdict::Changed(_)) => return Ok(Ok(Vec::new())), // dropped
+                Err(_) => return Ok(Err("locked")),
+            };
+            // What is not of type bytea any more must not come before the scan.
+            if table.file() != file || !attnums.iter().all(|attnum| table.has_bytea(*attnum)) {
+                return Ok(Err("changed meanwhile"));
+            }
+            let blocks = *blocks.get_or_insert_with(|| table.blocks());
+            if next >= blocks {
+                break;
+            }
+            let age = self.begin.elapsed();
+            if self.max_age.is_some_and(|limit| age > limit) {
+                return Ok(Err("rekey.max_snapshot_age reached"));
+            }
+            let end = blocks.min(next.saturating_add(CHUNK));
+            let range = next..end.min(table.blocks());
+            table.scan(&self.snapshot, range, &attnums, |_, values| {
+                for (value, counts) in values.iter().zip(&mut counts) {
+                    if let Some(slot) = value.and_then(named)
+                        && slots.standing(slot) != Standing::Unknown
+                    {
+                        *counts.entry(slot).or_insert(0) += 1;
+                    }
+                }
+                true
+            });
+            next = end;
+            drop(table);
+            pgrx::check_for_interrupts!();
+            failpoint::reach("elsewhere.chunk")?;
+            let what = "places that are not registered";
+            self.pace.tell(what, &source.name, next, blocks);
+            self.pace.rest();
+        }
+        let columns = source.columns.iter().zip(counts);
+        Ok(Ok(columns
+            .flat_map(|(column, counts)| {
+                counts.into_iter().map(move |(slot, envelopes)| Place {
+                    table: source.name.clone(),
+                    column: column.name.clone(),
+                    slot: Some(slot),
+                    envelopes,
+                })
+            })
+            .collect()))
+    }
 }
 
 /// Envelopes and fingerprints that are defaults of columns.
@@ -214,7 +305,8 @@ pub fn sample_unregistered() -> Result<(Vec<Sampled>, usize)> {
            JOIN pg_catalog.pg_class c ON c.oid = f.oid::oid \
           ORDER BY c.relpages DESC, c.oid, f.attnum::integer"
     );
-    let columns = unregistered(sql::look(&largest_first, &[])?)?.into_iter();
+    let (leaves, _) = registry::leaves()?;
+    let columns = unregistered(sql::look(&largest_first, &[])?, &leaves).into_iter();
     sample(
         columns
             .map(|column| (column, String::new(), None))
@@ -333,6 +425,9 @@ pub fn as_json() -> Result<String> {
             "envelopes": place.envelopes,
         })
     };
-    let places: Vec<Value> = all()?.into_iter().map(place).collect();
+    // Its statement holds a snapshot of its own as long: an age is no matter here.
+    let (leaves, _) = registry::leaves()?;
+    let places = all(&leaves, None, None)?;
+    let places: Vec<Value> = places.into_iter().map(place).collect();
     Ok(Value::Array(places).to_string())
 }

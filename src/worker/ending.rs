@@ -1,9 +1,18 @@
 //! Whether a drained slot may go: grace, quarantine, horizon, the second scan, unregistered places.
 //!
 //! Called by src/worker/drain.rs for after_drain, and by disable_slot and destroy_slot. Invariant
-//! I8: nothing that is older than the proof's horizon is left when the second scan begins, and
-//! nothing that has written and not committed, so that what it finds is all that will ever be
-//! copied.
+//! I8: nothing that is older than the proof's horizon is left when the second scan begins, and the
+//! second scan finds every row version out of which a value could still be copied.
+//!
+//! Why no value is left when it finds none. Its snapshot S keeps in place what is deleted by M, its
+//! xmin, or later, for as long as it is registered; and the scan looks at every row version that is
+//! not dead to everyone. A version from before the scan that it does not find was deleted before M,
+//! so that only snapshots with an xmin before M see it: those of the transactions in `Older`. One
+//! that ends before the scan leaves copies that are younger than M, and these are found. One that
+//! ends or writes during the scan is an obstacle. One that is still there and has not written held
+//! its snapshot all the time: the version was not dead to it, and was found after all. Every other
+//! transaction copies out of what S keeps. And copies that one has made under a snapshot that it
+//! has given up since were made before the writers were captured, which have ended before the scan.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -11,12 +20,13 @@ use std::time::{Duration, Instant};
 use rekey_core::envelope::SlotId;
 
 use super::elsewhere;
-use super::proof::{self, Verdict};
+use super::proof::{self, Verdict, Versions};
 use crate::catalog::read::SlotRow;
 use crate::catalog::{self, work};
 use crate::error::Result;
-use crate::ffi::table::{self, Table};
-use crate::ffi::{locks, session, sql};
+use crate::ffi::locks::{self, Holder};
+use crate::ffi::table::{self, Snapshot, Table};
+use crate::ffi::{session, sql};
 use crate::registry::Leaf;
 use crate::stale::{self, Standing};
 use crate::{failpoint, guc};
@@ -80,7 +90,24 @@ pub fn may_go(
         refuse(&mut answers, why, false);
         return Ok(answers);
     }
-    match proof::prove(leaves, &free(&answers), ratio)? {
+    let begun = match proof::begin(leaves)? {
+        Ok(begun) => begun,
+        Err(verdict) => {
+            let (why, scanned) = unproved(verdict);
+            refuse(&mut answers, why, scanned);
+            return Ok(answers);
+        }
+    };
+    let mut older = Older::now(begun.snapshot())?;
+    // Again: these may have written since, and S does not see it.
+    if let Some(who) = writers_ended()? {
+        let why = format!("older transactions have written and not ended: {who}");
+        refuse(&mut answers, why, false);
+        return Ok(answers);
+    }
+    older.forget_ended();
+    let (verdict, unseen) = begun.scan(&free(&answers), ratio, Versions::All)?;
+    match verdict {
         Verdict::Clean(_) => {}
         Verdict::Stale(found, named) => {
             let mut places = Vec::new();
@@ -98,17 +125,33 @@ pub fn may_go(
                 }
             }
         }
-        Verdict::Changed(table) => {
-            refuse(&mut answers, format!("{table} changed meanwhile"), false);
+        verdict => {
+            let (why, scanned) = unproved(verdict);
+            refuse(&mut answers, why, scanned);
         }
-        Verdict::Unfinished(why) | Verdict::TooOld(why) => refuse(&mut answers, why, true),
     }
+    for (candidate, answer) in candidates.iter().zip(&mut answers) {
+        if unseen.contains(&candidate.slot.id) {
+            let what = "older transactions may see values of it in deleted rows, or write some";
+            let who = match older.names.as_str() {
+                "" => String::new(),
+                names => format!(": {names}"),
+            };
+            answer.get_or_insert_with(|| Obstacle::new(format!("{what}{who}"), true));
+        }
+    }
+    if let Some(who) = older.have_moved()? {
+        let why = format!("older transactions have ended or written during the scan: {who}");
+        refuse(&mut answers, why, true);
+    }
+    drop(begun);
     failpoint::reach("end.scanned")?;
     let open = |(candidate, answer): (&Candidate, &Option<Obstacle>)| {
         candidate.destroy && answer.is_none()
     };
     if candidates.iter().zip(&answers).any(open) {
-        let elsewhere = elsewhere::all()?;
+        // Registered is what was scanned: a column that has come since is looked into here.
+        let elsewhere = elsewhere::all(leaves, ratio, guc::max_snapshot_age())?;
         for (candidate, answer) in candidates.iter().zip(&mut answers) {
             if candidate.destroy && answer.is_none() {
                 let places = elsewhere::of_slot(&elsewhere, candidate.slot.id);
@@ -118,6 +161,71 @@ pub fn may_go(
         }
     }
     Ok(answers)
+}
+
+/// Why there is no verdict, and whether it took a scan.
+fn unproved(verdict: Verdict) -> (String, bool) {
+    match verdict {
+        Verdict::Changed(table) => (format!("{table} changed meanwhile"), false),
+        Verdict::Unfinished(why) | Verdict::TooOld(why) => (why, true),
+        Verdict::Clean(_) | Verdict::Stale(..) => ("the scan has a verdict".to_string(), true),
+    }
+}
+
+/// The transactions whose snapshots may see row versions that another snapshot does not keep.
+struct Older {
+    holders: Vec<Holder>,
+    names: String,
+}
+
+impl Older {
+    /// Those that are left after a short wait: many of them end in the next moment.
+    fn now(snapshot: &Snapshot) -> Result<Older> {
+        const PATIENCE: Duration = Duration::from_secs(2);
+        let begin = Instant::now();
+        loop {
+            let holders = locks::older_snapshots(snapshot.xmin());
+            if holders.is_empty() || begin.elapsed() > PATIENCE {
+                let mut older = Older {
+                    holders,
+                    names: String::new(),
+                };
+                if !older.holders.is_empty() {
+                    older.names = work::name_holders(&older.transactions(), &[])?;
+                }
+                return Ok(older);
+            }
+            session::sleep_ms(20);
+        }
+    }
+
+    fn forget_ended(&mut self) {
+        self.holders.retain(|holder| !holder.ended());
+    }
+
+    fn transactions(&self) -> Vec<String> {
+        let holders = self.holders.iter();
+        holders.map(|h| h.virtual_transaction()).collect()
+    }
+
+    /// Names them if one has ended, or has an id: has written. Out of the lock table. A transaction
+    /// that is prepared is not its session's any more.
+    fn have_moved(&self) -> Result<Option<String>> {
+        let moved = sql::bigint(
+            "SELECT count(*) FROM unnest($1::text[]) AS older \
+              WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_locks \
+                     WHERE locktype = 'virtualxid' AND virtualxid = older \
+                       AND virtualtransaction = older AND granted) \
+                 OR EXISTS (SELECT FROM pg_catalog.pg_locks \
+                     WHERE locktype = 'transactionid' AND virtualtransaction = older \
+                       AND mode = 'ExclusiveLock' AND granted)",
+            &[sql::Arg::Text(&format!(
+                "{{{}}}",
+                self.transactions().join(",")
+            ))],
+        )?;
+        Ok(moved.filter(|count| *count > 0).map(|_| self.names.clone()))
+    }
 }
 
 /// What stands in the way of a slot before anything is scanned.

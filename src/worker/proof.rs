@@ -1,10 +1,10 @@
 //! The proof that slots are unused: one scan of every registered table under one snapshot.
 //!
-//! Called by src/worker/drain.rs, and by src/worker/ending.rs for the second scan. The
-//! tables' files, columns and leaves are recorded first and looked at again with every chunk:
-//! TRUNCATE and rewrites are not MVCC-safe, so that a scan across one would prove nothing. Between
-//! chunks no lock is held. Invariant: `Clean` means that the snapshot sees no envelope or
-//! fingerprint of the slots in any registered column, but for dismissed envelopes.
+//! Called by src/worker/drain.rs, and by src/worker/ending.rs for the second scan. The tables'
+//! files are recorded first, then the snapshot is taken, and files and columns are looked at again
+//! with every chunk: TRUNCATE and rewrites are not MVCC-safe, so that a scan across one would prove
+//! nothing. Between chunks no lock is held. Invariant: `Clean` means that the snapshot sees no
+//! envelope or fingerprint of the slots in any registered column, but for dismissed envelopes.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -26,7 +26,7 @@ use crate::stale::{BySlot, Holds};
 use crate::{failpoint, guc};
 
 /// Blocks between two looks at the record: 4 MiB, so that an ALTER TABLE waits some milliseconds.
-const CHUNK: u32 = 512;
+pub(super) const CHUNK: u32 = 512;
 /// How long a table that somebody else has locked is waited for.
 const LOCKED: Duration = Duration::from_secs(10);
 /// Stale rows are remembered up to so many; more are for the next pass.
@@ -46,93 +46,130 @@ pub enum Verdict {
     TooOld(String),
 }
 
-/// What was recorded of a table.
+/// Which row versions a scan looks at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Versions {
+    /// Those that its snapshot sees.
+    Seen,
+    /// Also those that are deleted and not dead to everyone, and what is not committed.
+    All,
+}
+
+/// What was read of a table.
 #[derive(Clone, Copy)]
 struct Record {
-    file: Oid,
     blocks: u32,
     rows: i64,
 }
 
-/// Scans all leaves for envelopes of `slots`, for as long as rekey.max_snapshot_age allows; with a
-/// ratio it works that share of the time.
-pub fn prove(leaves: &[Leaf], slots: &[SlotRow], ratio: Option<f64>) -> Result<Verdict> {
-    let mut scan = Scan {
-        wanted: slots.iter().map(|slot| (slot.id, ())).collect(),
-        named: HashSet::new(),
-        snapshot: Snapshot::latest(),
-        begin: Instant::now(),
-        since: background::now(),
-        max_age: guc::max_snapshot_age(),
-        pace: Pace {
-            ratio,
-            worked_since: Instant::now(),
-            told_at: Instant::now(),
-        },
-    };
-    failpoint::reach("proof.begun")?;
-    let mut stale: Vec<(Oid, Vec<Tid>)> = Vec::new();
-    let mut records = Vec::new();
+/// A proof that has begun: the files of the tables, and then what was committed.
+pub struct Begun<'a> {
+    leaves: &'a [Leaf],
+    files: Vec<Oid>,
+    snapshot: Snapshot,
+    at: Instant,
+    since: i64,
+}
+
+/// Records the tables' files and takes the snapshot. In this order: a rewrite gives rows that were
+/// there before it to its own transaction. In a file that is older than the snapshot, the snapshot
+/// sees them; one that comes later is told by its number.
+pub fn begin(leaves: &[Leaf]) -> Result<std::result::Result<Begun<'_>, Verdict>> {
+    let mut files = Vec::new();
     for leaf in leaves {
-        let mut found = Vec::new();
-        match scan.leaf(leaf, &mut found)? {
-            Ok(record) => records.push(record),
-            Err(verdict) => return Ok(verdict),
-        }
-        if !found.is_empty() {
-            stale.push((leaf.table, found));
-        }
-    }
-    failpoint::reach("proof.scanned")?;
-    // Once more at the end: what was swapped behind the scan counts too.
-    let (now, _) = registry::leaves()?;
-    if !same(&now, leaves) {
-        return Ok(Verdict::Changed("the registered columns".to_string()));
-    }
-    for (leaf, record) in leaves.iter().zip(&records) {
         let name = table::name(leaf.table)?;
         match open(leaf.table, &name)? {
-            Ok(table) if table.file() == record.file => {}
-            Ok(_) => return Ok(Verdict::Changed(name)),
-            Err(verdict) => return Ok(verdict),
+            Ok(table) if has_columns(&table, leaf) => files.push(table.file()),
+            Ok(_) => return Ok(Err(Verdict::Changed(name))),
+            Err(verdict) => return Ok(Err(verdict)),
         }
     }
-    if !stale.is_empty() {
-        return Ok(Verdict::Stale(stale, std::mem::take(&mut scan.named)));
+    let begun = Begun {
+        leaves,
+        files,
+        snapshot: Snapshot::latest(),
+        at: Instant::now(),
+        since: background::now(),
+    };
+    failpoint::reach("proof.begun")?;
+    Ok(Ok(begun))
+}
+
+/// Scans all leaves for values of `slots` that are committed now.
+pub fn prove(leaves: &[Leaf], slots: &[SlotRow], ratio: Option<f64>) -> Result<Verdict> {
+    match begin(leaves)? {
+        Ok(begun) => Ok(begun.scan(slots, ratio, Versions::Seen)?.0),
+        Err(verdict) => Ok(verdict),
     }
-    let horizon = locks::full_xid(scan.snapshot.xmax());
-    let took = scan.begin.elapsed();
-    drop(scan);
-    describe(leaves, &records, horizon, took).map(Verdict::Clean)
+}
+
+impl Begun<'_> {
+    /// The snapshot: registered for as long as this lives.
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// Scans all leaves for values of `slots`, for as long as rekey.max_snapshot_age allows; with a
+    /// ratio it works that share of the time. Also says which slots are named only by row versions
+    /// that the snapshot does not see: of these slots the verdict says nothing.
+    pub fn scan(
+        &self,
+        slots: &[SlotRow],
+        ratio: Option<f64>,
+        versions: Versions,
+    ) -> Result<(Verdict, HashSet<SlotId>)> {
+        let mut scan = Scan {
+            begun: self,
+            wanted: slots.iter().map(|slot| (slot.id, ())).collect(),
+            versions,
+            named: HashSet::new(),
+            unseen: HashSet::new(),
+            max_age: guc::max_snapshot_age(),
+            pace: Pace::new(ratio),
+        };
+        let verdict = scan.run()?;
+        let mut unseen = std::mem::take(&mut scan.unseen);
+        unseen.retain(|slot| !scan.named.contains(slot));
+        Ok((verdict, unseen))
+    }
 }
 
 /// What is looked for, in what was committed when.
-struct Scan {
+struct Scan<'a> {
+    begun: &'a Begun<'a>,
     wanted: BySlot<()>,
+    versions: Versions,
     named: HashSet<SlotId>,
-    snapshot: Snapshot,
-    begin: Instant,
-    since: i64,
+    unseen: HashSet<SlotId>,
     max_age: Option<Duration>,
     pace: Pace,
 }
 
-impl Drop for Scan {
+impl Drop for Scan<'_> {
     fn drop(&mut self) {
         shared::scanning(shared::Scan::default());
     }
 }
 
 /// Rests between chunks, and words for whoever waits.
-struct Pace {
+pub(super) struct Pace {
     ratio: Option<f64>,
     worked_since: Instant,
     told_at: Instant,
 }
 
 impl Pace {
+    /// With a ratio that share of the time is work.
+    pub(super) fn new(ratio: Option<f64>) -> Pace {
+        Pace {
+            ratio,
+            worked_since: Instant::now(),
+            told_at: Instant::now(),
+        }
+    }
+
     /// After a chunk: rests when enough has been worked for a rest to be worth it.
-    fn rest(&mut self) {
+    pub(super) fn rest(&mut self) {
         const WORTH: Duration = Duration::from_millis(20);
         let worked = self.worked_since.elapsed();
         if let Some(ratio) = self.ratio
@@ -147,21 +184,57 @@ impl Pace {
         }
     }
 
-    /// Every few seconds a session that waits for the proof hears of it.
-    fn tell(&mut self, name: &str, done: u32, blocks: u32) {
+    /// Every few seconds a session that waits for the scan hears of it.
+    pub(super) fn tell(&mut self, what: &str, name: &str, done: u32, blocks: u32) {
         if self.told_at.elapsed() >= Duration::from_secs(5) {
             let percent = 100 * u64::from(done) / u64::from(blocks.max(1));
-            pgrx::notice!("proof: {name}: {percent} %");
+            pgrx::notice!("{what}: {name}: {percent} %");
             self.told_at = Instant::now();
         }
     }
 }
 
-impl Scan {
-    /// Looks through one table.
+impl Scan<'_> {
+    fn run(&mut self) -> Result<Verdict> {
+        let begun = self.begun;
+        let mut stale: Vec<(Oid, Vec<Tid>)> = Vec::new();
+        let mut records = Vec::new();
+        for (leaf, file) in begun.leaves.iter().zip(&begun.files) {
+            let mut found = Vec::new();
+            match self.leaf(leaf, *file, &mut found)? {
+                Ok(record) => records.push(record),
+                Err(verdict) => return Ok(verdict),
+            }
+            if !found.is_empty() {
+                stale.push((leaf.table, found));
+            }
+        }
+        failpoint::reach("proof.scanned")?;
+        // Once more at the end: what was swapped behind the scan counts too.
+        let (now, troubles) = registry::leaves()?;
+        if !troubles.is_empty() || !same(&now, begun.leaves) {
+            return Ok(Verdict::Changed("the registered columns".to_string()));
+        }
+        for (leaf, file) in begun.leaves.iter().zip(&begun.files) {
+            let name = table::name(leaf.table)?;
+            match open(leaf.table, &name)? {
+                Ok(table) if table.file() == *file => {}
+                Ok(_) => return Ok(Verdict::Changed(name)),
+                Err(verdict) => return Ok(verdict),
+            }
+        }
+        if !stale.is_empty() {
+            return Ok(Verdict::Stale(stale, self.named.clone()));
+        }
+        let horizon = locks::full_xid(begun.snapshot.xmax());
+        describe(begun.leaves, &records, horizon, begun.at.elapsed()).map(Verdict::Clean)
+    }
+
+    /// Looks through one table, which must still be in this file.
     fn leaf(
         &mut self,
         leaf: &Leaf,
+        file: Oid,
         found: &mut Vec<Tid>,
     ) -> Result<std::result::Result<Record, Verdict>> {
         let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
@@ -175,72 +248,73 @@ impl Scan {
                 Ok(table) => table,
                 Err(verdict) => return Ok(Err(verdict)),
             };
-            // What the snapshot sees lay in the file when it was taken: later blocks do not matter.
+            if table.file() != file || !has_columns(&table, leaf) {
+                return Ok(Err(Verdict::Changed(name)));
+            }
+            // What the snapshot sees, and what was written before the scan has come here, lies in
+            // these blocks: later ones do not matter.
             let record = record.get_or_insert_with(|| Record {
-                file: table.file(),
                 blocks: table.blocks(),
                 rows: 0,
             });
-            if table.file() != record.file || !has_columns(&table, leaf) {
-                return Ok(Err(Verdict::Changed(name)));
-            }
             if next >= record.blocks {
                 return Ok(Ok(*record));
             }
             let end = record.blocks.min(next.saturating_add(CHUNK));
-            table.scan(
-                &self.snapshot,
-                next..end.min(table.blocks()),
-                &columns,
-                |tid, values| {
-                    record.rows += 1;
-                    let mut stale = false;
-                    for (value, kind) in values.iter().zip(&kinds) {
-                        let Some(datum) = *value else { continue };
-                        // Of the other kind it is no less in need of its slot.
-                        let found = kind.found(datum);
-                        let Some((is, slot)) =
-                            found.filter(|(_, slot)| self.wanted.contains_key(slot))
-                        else {
-                            continue;
-                        };
-                        let excused = rewrite::excused(&dismissed, is, datum);
-                        if !excused {
-                            stale = true;
-                            self.named.insert(slot);
-                        }
+            let blocks = next..end.min(table.blocks());
+            let mut hits: Vec<(Tid, SlotId)> = Vec::new();
+            let look = |tid, values: &[Option<_>]| {
+                record.rows += 1;
+                for (value, kind) in values.iter().zip(&kinds) {
+                    let Some(datum) = *value else { continue };
+                    // Of the other kind it is no less in need of its slot.
+                    let found = kind.found(datum);
+                    let wanted = found.filter(|(_, slot)| self.wanted.contains_key(slot));
+                    if let Some((is, slot)) = wanted
+                        && !rewrite::excused(&dismissed, is, datum)
+                    {
+                        hits.push((tid, slot));
                     }
-                    if stale && found.len() < REMEMBERED {
-                        found.push(tid);
-                    }
-                    true
-                },
-            );
+                }
+                true
+            };
+            match self.versions {
+                Versions::Seen => table.scan(&self.begun.snapshot, blocks, &columns, look),
+                Versions::All => table.scan_versions(blocks, &columns, look),
+            }
+            for (tid, slot) in hits {
+                if self.versions == Versions::All && !table.sees(&self.begun.snapshot, tid) {
+                    self.unseen.insert(slot);
+                    continue;
+                }
+                self.named.insert(slot);
+                if found.last() != Some(&tid) && found.len() < REMEMBERED {
+                    found.push(tid);
+                }
+            }
             next = end;
             drop(table);
             pgrx::check_for_interrupts!();
             shared::scanning(shared::Scan {
-                since: self.since,
+                since: self.begun.since,
                 table: leaf.table.to_u32(),
                 done: next,
                 blocks: record.blocks,
             });
             failpoint::reach("proof.chunk")?;
-            if self
-                .max_age
-                .is_some_and(|limit| self.begin.elapsed() > limit)
-            {
+            let age = self.begun.at.elapsed();
+            if self.max_age.is_some_and(|limit| age > limit) {
                 let why = format!("the snapshot reached rekey.max_snapshot_age at {name}");
                 return Ok(Err(Verdict::TooOld(why)));
             }
-            self.pace.tell(&name, next, record.blocks);
+            self.pace.tell("proof", &name, next, record.blocks);
             self.pace.rest();
         }
     }
 }
 
 /// Opens a table for the scan; waits a while for one that somebody has locked.
-fn open(oid: Oid, name: &str) -> Result<std::result::Result<Table, Verdict>> {
+pub(super) fn open(oid: Oid, name: &str) -> Result<std::result::Result<Table, Verdict>> {
     let begin = Instant::now();
     loop {
         if let Some(table) = Table::open_for_scan(oid) {
@@ -256,10 +330,13 @@ fn open(oid: Oid, name: &str) -> Result<std::result::Result<Table, Verdict>> {
     }
 }
 
+/// Whether the registered columns are still what they were when the leaves were read. Their types
+/// may have changed since: no datum of another one may come before the scan.
 fn has_columns(table: &Table, leaf: &Leaf) -> bool {
-    leaf.columns
-        .iter()
-        .all(|column| table.column_name(column.attnum).as_deref() == Some(&column.name))
+    leaf.columns.iter().all(|column| {
+        table.has_bytea(column.attnum)
+            && table.column_name(column.attnum).as_deref() == Some(&column.name)
+    })
 }
 
 fn same(now: &[Leaf], then: &[Leaf]) -> bool {

@@ -156,7 +156,8 @@ pub fn gather(
     is_one: impl Fn(&[Option<pg_sys::Datum>]) -> bool,
 ) -> Vec<Tid> {
     let mut places: Vec<Tid> = Vec::new();
-    table.scan(&Snapshot::latest(), blocks, columns, |tid, values| {
+    // Live columns are of any type; those of registered columns were looked at with the lock.
+    table.scan_any(&Snapshot::latest(), blocks, columns, |tid, values| {
         // Whole blocks: one whose rows stay stale would be begun again and again.
         if places.len() >= most && places.last().is_some_and(|last| last.block < tid.block) {
             report.stopped_at = Some(tid.block);

@@ -5,7 +5,7 @@
 //! They belong to a data directory, so each test has a cluster of its own.
 
 use postgres::Client;
-use rekey_tests::{Ask, BOUNDARIES, Cluster, Database, GATE, Options, wait_until};
+use rekey_tests::{Ask, BOUNDARIES, Cluster, Database, GATE, Options, Refusal, wait_until};
 
 const STALE: &str = "SELECT count(*) FROM t WHERE rekey.slot_id(c) IS DISTINCT FROM \
                      (SELECT active_slot FROM rekey.keys)";
@@ -82,6 +82,72 @@ fn drain_with(database: &Database<'_>, boundary: &str, meanwhile: impl FnOnce(&m
     meanwhile(&mut client);
     open_gate(&mut gate);
     run.join().expect("CALL reencrypt");
+}
+
+/// Lets whoever stands before the gate go on, and closes it again behind its transaction.
+fn let_one_pass(database: &Database<'_>, client: &mut Client, mut gate: Client) -> Client {
+    let mut second = database.connect();
+    let queued = std::thread::spawn(move || {
+        second.run(&format!("SELECT pg_advisory_lock({GATE})"));
+        second
+    });
+    let waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+    wait_until("the gate is about to be closed again", || {
+        client.number(waiting) == 2
+    });
+    open_gate(&mut gate);
+    queued.join().expect("the gate")
+}
+
+/// A key without grace, and a registered table of ten rows; `kept` has one of them as it is now.
+fn small_table<'a>(cluster: &'a Cluster, name: &str) -> Database<'a> {
+    let database = cluster.database(name);
+    database.connect().run(
+        "SELECT rekey.create_key('pii', grace => '0');
+         CREATE TABLE t (id int PRIMARY KEY, c bytea, shadow text);
+         INSERT INTO t SELECT i, encrypt_col('v' || i, 'pii'), 'v' || i
+           FROM generate_series(1, 10) AS i;
+         SELECT rekey.register_column('t', 'c');
+         CREATE TABLE kept AS SELECT id + 10000 AS id, c::text AS c, shadow FROM t WHERE id = 1",
+    );
+    database
+}
+
+/// A row that is sealed under the first slot comes back out of an application.
+const COME_BACK: &str = "INSERT INTO t SELECT id, c::bytea, shadow FROM kept";
+
+/// Destroys the first slot, or says what is in the way but for transactions that just end.
+fn destroy(client: &mut Client) -> Result<(), Refusal> {
+    let slot = client.text("SELECT slot_id::text FROM rekey.slots WHERE version = 1");
+    let sql = format!("SELECT rekey.destroy_slot({slot})");
+    let passes = |refusal: &Refusal| {
+        let words = ["transactions still run", "still runs", "not ended"];
+        words.iter().any(|word| refusal.detail.contains(word))
+    };
+    let mut answer = Ok(());
+    wait_until("older transactions have ended", || {
+        answer = client.attempt(&sql);
+        !answer.as_ref().is_err_and(passes)
+    });
+    answer
+}
+
+/// destroy_slot that stops at the boundary while `meanwhile` happens.
+fn destroy_with(
+    database: &Database<'_>,
+    boundary: &str,
+    meanwhile: impl FnOnce(&mut Client),
+) -> Result<(), Refusal> {
+    let mut client = database.connect();
+    let mut gate = close_gate(database);
+    database.cluster.arm(boundary, "wait");
+    let mut other = database.connect();
+    let run = std::thread::spawn(move || destroy(&mut other));
+    wait_at_gate(&mut client);
+    client.run("SET lock_timeout = '5s'");
+    meanwhile(&mut client);
+    open_gate(&mut gate);
+    run.join().expect("destroy_slot")
 }
 
 #[test]
@@ -352,4 +418,292 @@ fn a_proof_whose_snapshot_is_too_old_is_given_up_and_made_again_at_once() {
     wait_until("the second one proves", || {
         states(&mut client) == ["drained", "active"]
     });
+}
+
+#[test]
+fn a_rewrite_between_the_snapshot_of_a_proof_and_the_first_look_at_a_table_is_no_clean_scan() {
+    let cluster = without_worker();
+    let database = small_table(&cluster, "early");
+    let mut client = database.connect();
+    client.run("SELECT rotate_key('pii')");
+    let mut gate = close_gate(&database);
+    cluster.arm("batch.advanced", "wait");
+    let mut other = database.connect();
+    let run = std::thread::spawn(move || other.run("CALL rekey.reencrypt()"));
+    wait_at_gate(&mut client);
+    client.run(COME_BACK);
+    cluster.arm("proof.begun", "wait");
+    gate = let_one_pass(&database, &mut client, gate);
+    wait_at_gate(&mut client);
+    client.run("SET lock_timeout = '5s'; ALTER TABLE t ALTER id TYPE bigint");
+    open_gate(&mut gate);
+    run.join().expect("CALL reencrypt");
+    assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    // A call looks once more when it is done, and would have found the row in spite of the proof.
+    let voided = "SELECT count(*) FROM rekey.audit WHERE action = 'void_proof'";
+    assert_eq!(client.number(voided), 0);
+}
+
+#[test]
+fn a_rewrite_between_the_snapshot_of_the_second_scan_and_the_first_look_keeps_the_slot() {
+    let cluster = without_worker();
+    let database = small_table(&cluster, "early_end");
+    let mut client = database.connect();
+    client.run("SELECT rotate_key('pii')");
+    client.run("CALL rekey.reencrypt()");
+    client.run(COME_BACK);
+    let answer = destroy_with(&database, "proof.begun", |client| {
+        client.run("ALTER TABLE t ALTER id TYPE bigint");
+    });
+    answer
+        .expect_err("a refusal")
+        .names("Public.t changed meanwhile");
+    destroy(&mut client)
+        .expect_err("a refusal")
+        .names("public.t (1 rows)");
+    assert_eq!(client.number(WRONG), 0);
+}
+
+#[test]
+fn a_column_that_gets_another_type_beside_the_scan_of_a_proof_is_not_read_as_bytea() {
+    let cluster = without_worker();
+    let database = small_table(&cluster, "retyped");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE later (c bytea); INSERT INTO later SELECT encrypt_col('x', 'pii');
+         SELECT rekey.register_column('later', 'c'); SELECT rotate_key('pii')",
+    );
+    // Behind the reading of the registered columns, before the snapshot: which sees the new rows.
+    drain_with(&database, "barrier.passed", |client| {
+        client.run(
+            "SELECT rekey.unregister_column('later', 'c');
+             ALTER TABLE later ALTER c TYPE bigint USING 1",
+        );
+    });
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+}
+
+#[test]
+fn tables_that_move_or_go_in_the_middle_of_the_scan_of_a_proof_make_it_begin_again() {
+    let cluster = without_worker();
+    let database = large_table(&cluster);
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE other (c bytea); INSERT INTO other SELECT encrypt_col('x', 'pii');
+         SELECT rekey.register_column('other', 'c')",
+    );
+    let proved = "SELECT string_agg(p->>'table', ' ') FROM rekey.slots, \
+                         jsonb_array_elements(proof->'tables') AS p \
+                   WHERE version = (SELECT max(version) - 1 FROM rekey.slots)";
+    for (what, tables) in [
+        ("VACUUM FULL t", "public.t public.other"),
+        ("CLUSTER t USING t_pkey", "public.t public.other"),
+        ("DROP TABLE t", "public.other"),
+    ] {
+        client.run("SELECT rotate_key('pii')");
+        drain_with(&database, "proof.chunk", |client| client.run(what));
+        let states = states(&mut client);
+        let (active, drained) = states.split_last().expect("slots");
+        assert_eq!(active, "active", "{what}");
+        assert!(drained.iter().all(|state| state == "drained"), "{what}");
+        assert_eq!(client.text(proved), tables, "{what}");
+    }
+    assert!(
+        client.truth("SELECT rekey.slot_id(c) = (SELECT active_slot FROM rekey.keys) FROM other")
+    );
+}
+
+#[test]
+fn a_deleted_copy_that_an_older_snapshot_still_sees_keeps_the_slot() {
+    let cluster = without_worker();
+    let database = small_table(&cluster, "deleted");
+    let (mut copier, mut reader) = (database.connect(), database.connect());
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE copy (LIKE t); SELECT rekey.register_column('copy', 'c');
+         SELECT rotate_key('pii')",
+    );
+    copier.run("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM t");
+    client.run("CALL rekey.reencrypt()");
+    copier.run("INSERT INTO copy SELECT * FROM t; COMMIT");
+    // Younger than the proof, and has written nothing: neither horizon nor writers name it.
+    reader.run("BEGIN ISOLATION LEVEL REPEATABLE READ");
+    assert_eq!(reader.number("SELECT count(*) FROM copy"), 10);
+    let pid = reader.number("SELECT pg_backend_pid()");
+    client.run("DELETE FROM copy");
+    destroy(&mut client).expect_err("a refusal").names(&format!(
+        "see values of it in deleted rows, or write some: pid {pid}"
+    ));
+    reader.run("INSERT INTO copy SELECT * FROM copy; COMMIT");
+    destroy(&mut client)
+        .expect_err("a refusal")
+        .names("public.copy (10 rows)");
+    assert_eq!(
+        client.number("SELECT count(*) FROM copy WHERE decrypt_col(c) = shadow"),
+        10
+    );
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(destroy(&mut client).map_err(|r| r.text()), Ok(()));
+    assert_eq!(
+        client.number("SELECT count(*) FROM copy WHERE decrypt_col(c) = shadow"),
+        10
+    );
+}
+
+#[test]
+fn what_an_older_transaction_copies_during_the_second_scan_keeps_the_slot() {
+    let cluster = without_worker();
+    let database = small_table(&cluster, "during");
+    let (mut copier, mut reader) = (database.connect(), database.connect());
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE copy (LIKE t); SELECT rekey.register_column('copy', 'c');
+         SELECT rotate_key('pii')",
+    );
+    copier.run("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM t");
+    client.run("CALL rekey.reencrypt()");
+    copier.run("INSERT INTO copy SELECT * FROM t WHERE id = 1; COMMIT");
+    reader.run("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM copy");
+    let pid = reader.number("SELECT pg_backend_pid()");
+    client.run("DELETE FROM copy");
+    // The scan has been at t, and comes to copy when its row is gone.
+    let answer = destroy_with(&database, "proof.chunk", |client| {
+        reader.run("INSERT INTO t SELECT id + 100, c, shadow FROM copy; COMMIT");
+        client.run("VACUUM copy");
+    });
+    answer
+        .expect_err("a refusal")
+        .names(&format!("during the scan: pid {pid}"));
+    destroy(&mut client)
+        .expect_err("a refusal")
+        .names("public.t (1 rows)");
+    assert_eq!(client.number(WRONG), 0);
+}
+
+#[test]
+fn a_transaction_that_has_begun_after_the_proof_and_only_reads_holds_up_no_end() {
+    let cluster = without_worker();
+    let database = small_table(&cluster, "readers");
+    let (mut reader, mut client) = (database.connect(), database.connect());
+    client.run("SELECT rotate_key('pii')");
+    client.run("CALL rekey.reencrypt()");
+    reader.run("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM t");
+    client.run("INSERT INTO t VALUES (11)");
+    assert_eq!(destroy(&mut client).map_err(|r| r.text()), Ok(()));
+    assert_eq!(reader.number(WRONG), 0);
+    reader.run("COMMIT");
+}
+
+#[test]
+fn a_column_that_is_registered_after_the_second_scan_is_looked_into_all_the_same() {
+    let cluster = without_worker();
+    let database = small_table(&cluster, "late");
+    let mut client = database.connect();
+    client.run("CREATE TABLE late AS SELECT c FROM t; SELECT rotate_key('pii')");
+    client.run("CALL rekey.reencrypt()");
+    let answer = destroy_with(&database, "end.scanned", |client| {
+        client.run("SELECT rekey.register_column('late', 'c')");
+    });
+    answer.expect_err("a refusal").names("public.late.c (10)");
+}
+
+#[test]
+fn the_search_of_unregistered_places_holds_up_no_alter_table_and_names_what_it_has_not_read() {
+    let cluster = without_worker();
+    let database = large_table(&cluster);
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.unregister_column('t', 'c');
+         CREATE TABLE dropped (c bytea); INSERT INTO dropped SELECT c FROM t;
+         CREATE TABLE later (c bytea, d bytea); INSERT INTO later SELECT c, c FROM t;
+         CREATE TABLE rewritten (c bytea); INSERT INTO rewritten SELECT c FROM t;
+         CREATE TABLE same (c bytea); INSERT INTO same SELECT c FROM t LIMIT 3",
+    );
+    let mut gate = close_gate(&database);
+    cluster.arm("elsewhere.chunk", "wait");
+    let mut other = database.connect();
+    let find = "SELECT table_name || '.' || column_name || ' ' || envelopes \
+                  FROM rekey.find_envelopes() ORDER BY 1";
+    let run = std::thread::spawn(move || other.column(find));
+    wait_at_gate(&mut client);
+    client.run(
+        "SET lock_timeout = '5s';
+         ALTER TABLE t ADD COLUMN more int;
+         ALTER TABLE later ALTER c TYPE bigint USING 1;
+         DROP TABLE dropped",
+    );
+    client.run("VACUUM FULL rewritten");
+    open_gate(&mut gate);
+    assert_eq!(
+        run.join().expect("find_envelopes"),
+        [
+            "public.later.c (changed meanwhile, not read) 0",
+            "public.later.d (changed meanwhile, not read) 0",
+            "public.rewritten.c (changed meanwhile, not read) 0",
+            "public.same.c 3",
+            "public.t.c 1500",
+        ]
+    );
+}
+
+#[test]
+fn the_search_of_unregistered_places_gives_up_a_snapshot_that_is_too_old() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("rekey.worker = off")
+            .set("autovacuum = off")
+            .set("rekey.max_snapshot_age = 5s"),
+    );
+    let database = small_table(&cluster, "old");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE wide (c bytea, pad text); ALTER TABLE wide ALTER pad SET STORAGE PLAIN;
+         INSERT INTO wide SELECT '', repeat('x', 4000) FROM generate_series(1, 1500);
+         SELECT rotate_key('pii')",
+    );
+    client.run("CALL rekey.reencrypt()");
+    let answer = destroy_with(&database, "elsewhere.chunk", |client| {
+        wait_until("the snapshot is too old", || {
+            client.truth(
+                "SELECT bool_or(clock_timestamp() > waitstart + '5.1 s') FROM pg_locks \
+                  WHERE locktype = 'advisory' AND NOT granted",
+            )
+        });
+    });
+    answer
+        .expect_err("a refusal")
+        .names("public.wide.c (rekey.max_snapshot_age reached, not read)");
+}
+
+#[test]
+fn the_memory_of_a_proof_does_not_grow_with_the_toasted_values_that_it_looks_at() {
+    let cluster = without_worker();
+    let database = small_table(&cluster, "memory");
+    let mut client = database.connect();
+    // Compressed in their rows: as dear to look at as values out of line, and sooner made.
+    client.run(
+        "CREATE TABLE many (c bytea);
+         INSERT INTO many SELECT convert_to(repeat('x', 3000), 'UTF8')
+           FROM generate_series(1, 300000);
+         SELECT rekey.register_column('many', 'c'); SELECT rotate_key('pii')",
+    );
+    let before = cluster.log().len();
+    drain_with(&database, "proof.scanned", |client| {
+        client.run(
+            "SELECT pg_log_backend_memory_contexts(pid) FROM pg_stat_activity \
+              WHERE wait_event = 'advisory'",
+        );
+        wait_until("the log has the sum", || {
+            cluster.log()[before..].contains("Grand total:")
+        });
+    });
+    let log = cluster.log();
+    let (_, sum) = log[before..].split_once("Grand total: ").expect("the sum");
+    let bytes: u64 = sum
+        .split_once(' ')
+        .and_then(|(bytes, _)| bytes.parse().ok())
+        .expect("bytes");
+    assert!(bytes < 8_000_000, "{bytes} bytes");
 }

@@ -415,6 +415,50 @@ fn toasted_values_are_re_encrypted() {
     assert_eq!(states(&mut client), ["drained", "active"]);
 }
 
+/// Runs SQL in a session of its own, and returns when the server has counted what it read.
+fn apart(database: &Database<'_>, client: &mut Client, sql: &str) {
+    let mut session = database.connect();
+    let pid = session.number("SELECT pg_backend_pid()");
+    session.run(sql);
+    drop(session);
+    let left = format!("SELECT count(*) FROM pg_stat_activity WHERE pid = {pid}");
+    wait_until("the session is gone", || client.number(&left) == 0);
+}
+
+#[test]
+fn a_pass_and_a_proof_read_the_heads_of_toasted_values_that_are_not_stale_and_no_more() {
+    let database = database("heads");
+    let mut client = database.connect();
+    apart(
+        &database,
+        &mut client,
+        "CREATE TABLE big (c bytea); ALTER TABLE big ALTER c SET STORAGE EXTERNAL;
+         INSERT INTO big SELECT encrypt_col(repeat('x', 1000000), 'pii')
+           FROM generate_series(1, 4);
+         SELECT rekey.register_column('big', 'c'); SELECT rekey.create_key('other');
+         SELECT rotate_key('other')",
+    );
+    let blocks = |kind: &str| {
+        format!(
+            "SELECT coalesce({kind}_blks_read, 0) + coalesce({kind}_blks_hit, 0) \
+               FROM pg_statio_user_tables WHERE relname = 'big'"
+        )
+    };
+    let (heap, toast) = (blocks("heap"), blocks("toast"));
+    let before = (client.number(&heap), client.number(&toast));
+    apart(&database, &mut client, "CALL rekey.reencrypt()");
+    let read = (
+        client.number(&heap) - before.0,
+        client.number(&toast) - before.1,
+    );
+    assert_eq!(
+        client.column("SELECT state FROM rekey.slots WHERE key_name = 'other' ORDER BY version"),
+        ["drained", "active"]
+    );
+    // One block of each value for the pass and one for the proof, of more than 125.
+    assert!(read.0 > 0 && read.1 <= 16, "heap and toast: {read:?}");
+}
+
 #[test]
 fn a_rewrite_of_the_table_begins_the_pass_again() {
     for (name, rewrite) in [

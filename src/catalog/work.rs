@@ -328,12 +328,12 @@ pub fn count_unlisted_again(table: Oid) -> Result<()> {
     .map(|_| ())
 }
 
-/// Entries of a table whose next try has come.
+/// Places of a table of which an entry's next try has come, each once.
 pub fn due(table: Oid) -> Result<Vec<Tid>> {
     let found = rows(
         "SELECT row_ref::text FROM rekey.quarantine \
           WHERE table_name = $1::oid::regclass AND dismissed_at IS NULL \
-            AND next_try <= clock_timestamp() ORDER BY next_try LIMIT 1000",
+            AND next_try <= clock_timestamp() GROUP BY row_ref ORDER BY min(next_try) LIMIT 1000",
         &[Arg::Oid(table)],
     )?;
     Ok(tids(&found))
@@ -344,11 +344,27 @@ fn tids(found: &[Vec<Option<String>>]) -> Vec<Tid> {
     found.iter().filter_map(tid).collect()
 }
 
-/// The row is well again, or gone.
-pub fn resolve(table: Oid, tid: Tid) -> Result<()> {
+/// Of the entries of a place those stay that are about just these envelopes: of the others the row
+/// is well again, or gone.
+pub fn resolve(table: Oid, tid: Tid, failing: &[Head]) -> Result<()> {
     run(
         "DELETE FROM rekey.quarantine WHERE table_name = $1::oid::regclass \
-            AND row_ref = $2::text::tid AND dismissed_at IS NULL",
+            AND row_ref = $2::text::tid AND dismissed_at IS NULL AND heads <> $3",
+        &[
+            Arg::Oid(table),
+            Arg::Text(&tid.to_string()),
+            Arg::Bytea(&failing.concat()),
+        ],
+    )
+    .map(|_| ())
+}
+
+/// Somebody has the row locked: it is tried again in a minute.
+pub fn try_later(table: Oid, tid: Tid) -> Result<()> {
+    run(
+        "UPDATE rekey.quarantine SET next_try = clock_timestamp() + interval '1 minute' \
+          WHERE table_name = $1::oid::regclass AND row_ref = $2::text::tid \
+            AND dismissed_at IS NULL",
         &[Arg::Oid(table), Arg::Text(&tid.to_string())],
     )
     .map(|_| ())

@@ -336,7 +336,8 @@ impl Drainer {
         } else {
             self.resting.remove(&leaf.table);
         }
-        if !report.locked.is_empty() {
+        // Those of the quarantine have their next try there.
+        if !report.locked.is_empty() && due.is_empty() {
             let later = self.findings.entry(leaf.table).or_default();
             later.append(&mut report.locked);
             if left == 0 {
@@ -548,18 +549,24 @@ pub(super) fn enter(leaf: &Leaf) -> std::result::Result<Table, Unable> {
     Ok(table)
 }
 
-/// Entries whose row is well again, or gone, leave the quarantine.
+/// Entries whose row is well again, or gone, leave the quarantine. So do those of other envelopes
+/// than the ones that fail in their place now: what is due must not stay so. A row that somebody
+/// has locked has not been tried: it may yet be the one that the entry is about.
 pub(super) fn retry_rows(leaf: &Leaf, table: &Table, due: &[Tid]) -> Result<Report> {
     let report = rewrite::rewrite(leaf, table, &Source::Places(due))?;
     for tid in due {
-        if !report.failed.iter().any(|failure| failure.tid == *tid) {
-            work::resolve(leaf.table, *tid)?;
+        if report.locked.contains(tid) {
+            work::try_later(leaf.table, *tid)?;
+            continue;
         }
     }
     Ok(report)
 }
 
 pub(super) enum Unable {
+        let failure = report.failed.iter().find(|failure| failure.tid == *tid);
+        let heads = failure.map_or(&[][..], |failure| &failure.heads);
+        work::resolve(leaf.table, *tid, heads)?;
     /// Somebody has paused it.
     Paused(String),
     /// Somebody else is at it: soon again.

@@ -302,7 +302,8 @@ pub fn quarantine(table: Oid, failure: &Failure) -> Result<bool> {
             SET row_ref = $2::text::tid, sqlstate = $4, slot_id = NULLIF($3, 0), \
                 tries = q.tries + 1, \
                 next_try = CASE WHEN q.dismissed_at IS NULL THEN clock_timestamp() \
-                    + least(interval '1 minute' * power(2, q.tries), interval '1 day') END",
+                    + least(interval '1 minute' * power(2, least(q.tries, 11)), \
+                               interval '1 day') END",
         &[
             Arg::Oid(table),
             Arg::Text(&failure.tid.to_string()),

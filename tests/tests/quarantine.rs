@@ -104,6 +104,83 @@ fn a_row_under_quarantine_holds_up_the_proof_of_its_own_slot_only() {
     );
     client.run("CALL rekey.reencrypt()");
     assert_eq!(client.column(other), ["drained", "previous", "active"]);
+    // It still is that row when another column of it has changed, and when somebody has it locked.
+    client.run("UPDATE u SET id = 101 WHERE id = 1; SELECT rekey.retry_quarantine()");
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(client.column(other), ["drained", "previous", "active"]);
+    assert_eq!(errors(&mut client), ["t 39000", "u 42704"]);
+    let mut holder = database.connect();
+    holder.run("BEGIN; SELECT FROM u WHERE id = 101 FOR UPDATE");
+    client.run("SELECT rekey.retry_quarantine()");
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(errors(&mut client), ["t 39000", "u 42704"]);
+    assert!(client.truth("SELECT bool_and(next_try > now()) FROM rekey.errors"));
+    assert_eq!(client.column(other), ["drained", "previous", "active"]);
+}
+
+#[test]
+fn a_row_under_quarantine_whose_place_is_cut_off_the_table_leaves_it() {
+    let database = database("cutoff");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE k (id int, c bytea);
+         INSERT INTO k SELECT 1, encrypt_col('x', 'pii', 'wrong');
+         SELECT rekey.register_column('k', 'c', 'rekey.context(''k'', id::text)');
+         SELECT rotate_key('pii')",
+    );
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(errors(&mut client), ["k 39000"]);
+    client.run("DELETE FROM k");
+    wait_until("vacuum has cut off the file", || {
+        client.run("VACUUM k");
+        client.number("SELECT pg_relation_size('k')") == 0
+    });
+    client.run("SET statement_timeout = '30s'; SELECT rekey.retry_quarantine()");
+    client.run("CALL rekey.reencrypt()");
+    assert!(errors(&mut client).is_empty());
+    assert_eq!(states(&mut client), ["drained", "active"]);
+}
+
+#[test]
+fn a_row_that_fails_by_other_envelopes_than_before_has_one_entry_and_holds_up_no_call() {
+    let database = database("others");
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.create_key('other', grace => '0');
+         CREATE TABLE k (id int, a bytea, b bytea);
+         INSERT INTO k SELECT 1, encrypt_col('x', 'pii', 'wrong'), encrypt_col('x', 'other', 'wrong');
+         SELECT rekey.register_column('k', c, 'rekey.context(''k'', id::text)')
+           FROM unnest('{a,b}'::name[]) AS c;
+         SELECT rotate_key('pii'); SET statement_timeout = '30s'",
+    );
+    client.run("CALL rekey.reencrypt()");
+    let concerned = "SELECT octet_length(heads) / 34 FROM rekey.quarantine";
+    assert_eq!(client.column(concerned), ["1"]);
+    for (rotate, envelopes) in [
+        ("rotate_key('other')", "2"),
+        ("rekey.rollback_rotation('other')", "1"),
+    ] {
+        client.run(&format!("SELECT {rotate}; SELECT rekey.retry_quarantine()"));
+        client.run("CALL rekey.reencrypt()");
+        assert_eq!(client.column(concerned), [envelopes], "{rotate}");
+    }
+    client.run("DELETE FROM k; SELECT rekey.retry_quarantine()");
+    client.run("CALL rekey.reencrypt()");
+    let awaiting = "SELECT count(*) FROM rekey.slots WHERE state = 'previous'";
+    assert_eq!(client.number(awaiting), 0);
+}
+
+#[test]
+fn a_row_may_fail_for_months() {
+    let database = database("months");
+    let mut client = database.connect();
+    client.run("UPDATE t SET c = set_byte(c, 40, get_byte(c, 40) # 1) WHERE id = 7");
+    client.run("SELECT rotate_key('pii')");
+    client.run("CALL rekey.reencrypt()");
+    client.run("UPDATE rekey.quarantine SET tries = 1000000; SELECT rekey.retry_quarantine()");
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(client.number("SELECT tries FROM rekey.errors"), 1_000_001);
+    assert!(client.truth("SELECT next_try > now() + interval '23 hours' FROM rekey.errors"));
 }
 
 #[test]

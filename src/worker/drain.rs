@@ -588,6 +588,27 @@ pub(super) fn covers(only: Oid, leaf: Oid) -> bool {
     only == leaf || crate::ffi::relation::leaves(only).contains(&leaf)
 }
 
+/// Of two steps the one that has done something; else the wait for both. An idle step lets the
+/// worker go, and with it the memory of what a wait is for.
+pub(super) fn first_of(one: Step, other: Step) -> Step {
+    /// What is due but not done is looked at so often; longer than a CALL waits.
+    const SOON: Duration = Duration::from_secs(10);
+    let at = |seconds: i64| Duration::from_secs(seconds.unsigned_abs()).max(SOON);
+    match (one, other) {
+        (Step::Worked(worked), _) | (_, Step::Worked(worked)) => Step::Worked(worked),
+        (Step::Wait(time, why), Step::Wait(later, _)) if !time.is_zero() && time <= later => {
+            Step::Wait(time, why)
+        }
+        (Step::Wait(..), Step::Wait(time, why)) => Step::Wait(time, why),
+        (Step::Wait(time, why), Step::Idle(due)) | (Step::Idle(due), Step::Wait(time, why)) => {
+            Step::Wait(due.map_or(time, |due| time.min(at(due))), why)
+        }
+        (Step::Idle(one), Step::Idle(other)) => {
+            Step::Idle([one, other].into_iter().flatten().min())
+        }
+    }
+}
+
 /// The slots that await a drain: compromised ones first, alone.
 fn targets() -> Result<Vec<SlotRow>> {
     let slots = stale::slots()?;

@@ -454,6 +454,54 @@ fn code_that_swallows_every_cancel_delays_no_other_table() {
     });
 }
 
+/// A retry of a row under quarantine runs `body` of the table's owner, when no slot awaits a proof.
+fn a_retry_that_runs(name: &str, body: &str) {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("rekey.work_ratio = 1")
+            .set(&format!("rekey.databases = '{name}'")),
+    );
+    let mut client = cluster.database(name).connect();
+    client.run(
+        "SELECT rekey.create_key('pii', grace => '0'), rekey.create_key('live', grace => '0');
+         CREATE FUNCTION bound(id int) RETURNS text IMMUTABLE LANGUAGE plpgsql AS
+             'BEGIN RETURN id; END';
+         CREATE TABLE forged (id int, c bytea);
+         INSERT INTO forged SELECT 1,
+             overlay(encrypt_col('x', 'pii', '1') PLACING '\\x1234567812345678' FROM 3 FOR 8);
+         SELECT rekey.register_column('forged', 'c', 'public.bound(id)');
+         CREATE TABLE t (id int PRIMARY KEY, plain text);
+         INSERT INTO t SELECT i, 'v' || i FROM generate_series(1, 100) AS i;
+         SELECT rotate_key('pii')",
+    );
+    wait_until("the row is set aside", || {
+        errors(&mut client) == ["forged 42704"]
+    });
+    client.run("SELECT rekey.shred_key('pii', 'test')");
+    client.run(&format!(
+        "CREATE OR REPLACE FUNCTION bound(id int) RETURNS text IMMUTABLE LANGUAGE plpgsql AS $${body}$$;
+         SELECT rekey.retry_quarantine()"
+    ));
+    client.run("SELECT rekey.encrypt_column('t', 'plain', 'sealed', 'live')");
+    wait_until("another table's live column is filled", || {
+        client.number("SELECT count(*) FROM t WHERE sealed IS NULL") == 0
+    });
+    assert_eq!(errors(&mut client), ["forged 42704"]);
+}
+
+#[test]
+fn a_retry_that_blames_the_server_delays_no_other_table() {
+    let body = "BEGIN RAISE 'no disk' USING errcode = '58030'; END";
+    a_retry_that_runs("blames", body);
+}
+
+#[test]
+fn a_retry_that_swallows_every_cancel_delays_no_other_table() {
+    let body = "BEGIN LOOP BEGIN LOOP END LOOP;
+                EXCEPTION WHEN query_canceled THEN NULL; END; END LOOP; END";
+    a_retry_that_runs("swallows", body);
+}
+
 #[test]
 fn rows_beyond_the_room_of_the_quarantine_are_counted_and_listed_when_there_is_room() {
     let database = database("room");

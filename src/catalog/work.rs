@@ -506,15 +506,17 @@ pub fn after_drain() -> Result<Vec<(i64, String)>> {
 }
 
 /// The keys that have passed their longest life, less up to 5 % that differ from slot to slot, so
-/// that keys of one age do not rotate at once; and how many rotations by age the last hour saw.
-pub fn rotations_due() -> Result<(Vec<String>, i64)> {
+/// that keys of one age do not rotate at once, without those of `others`; and how many rotations by
+/// age the last hour saw.
+pub fn rotations_due(others: &[&str]) -> Result<(Vec<String>, i64)> {
     let found = rows(
         "SELECT k.key_name FROM rekey.key k JOIN rekey.key_slot s USING (key_name) \
           WHERE s.state = 'active' AND k.max_age > '0'::interval AND k.shredded_at IS NULL \
+            AND k.key_name <> ALL ($1) \
             AND s.activated_at + k.max_age * (1 - 0.05 * (s.slot_id % 1000) / 1000.0) \
                 <= clock_timestamp() \
           ORDER BY s.activated_at LIMIT 100",
-        &[],
+        &[Arg::Texts(others)],
     )?;
     let recent = bigint(
         "SELECT count(*) FROM rekey.audit_log WHERE action = 'rotate_key' \

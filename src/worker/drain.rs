@@ -13,6 +13,7 @@ use rekey_core::envelope::SlotId;
 use rekey_core::keyring::SlotState;
 use rekey_core::schedule::BatchSize;
 
+use super::ages::Ages;
 use super::backfill::Backfill;
 use super::barrier::Barrier;
 use super::ending::Quarantine;
@@ -76,7 +77,7 @@ pub struct Drainer {
     pub(super) refused: HashMap<SlotId, (u32, Instant)>,
     pub(super) looked_at_drained: bool,
     proofs_too_old: u32,
-    ages_read_at: Option<Instant>,
+    ages: Ages,
 }
 
 /// A proof that finds stale rows so many times in a row is left for a while: something copies them.
@@ -103,7 +104,7 @@ impl Drainer {
             refused: HashMap::new(),
             looked_at_drained: false,
             proofs_too_old: 0,
-            ages_read_at: None,
+            ages: Ages::default(),
         }
     }
 
@@ -134,16 +135,26 @@ impl Drainer {
         self.take_turns()
     }
 
-    /// The next thing of a rotation.
+    /// The next thing of a rotation, or a rotation by age.
     pub(super) fn drain(&mut self) -> Result<Step> {
-        if let Some(key) = self.key_of_age()? {
-            let slot = lifecycle::rotate(&key, "max_age reached")?;
+        // What the backfill has looked at is not to blame for what follows.
+        self.current = None;
+        shared::working_on(0);
+        if self.background
+            && let Some(slot) = self.ages.rotate()?
+        {
             return Ok(Step::Worked(Worked {
                 what: format!("rotated a key by age to slot {slot}"),
                 ..Worked::default()
             }));
         }
         let (leaves, troubles) = registry::leaves()?;
+        let step = self.drain_slots()?;
+        Ok(first_of(self.ages.put_off(), step))
+    }
+
+    /// The next thing of the rotations that are committed.
+    fn drain_slots(&mut self) -> Result<Step> {
         let slots = targets()?;
         // Where nothing at all is registered nobody has said where values are, and a proof would
         // be an empty phrase. A registered table that has no partition holds nothing.
@@ -197,25 +208,6 @@ impl Drainer {
             return Ok(Step::Idle(None));
         }
         self.prove(&leaves, &troubles, &slots, &wave)
-    }
-
-    /// A key that has passed its longest life, unless too many were rotated in this hour or an
-    /// earlier rotation still waits for its barrier.
-    fn key_of_age(&mut self) -> Result<Option<String>> {
-        const EVERY: Duration = Duration::from_secs(10);
-        let waiting = self.barrier.as_mut().map_or(Ok(None), Barrier::waits_for)?;
-        if !self.background || waiting.is_some() {
-            return Ok(None);
-        }
-        if self.ages_read_at.is_some_and(|at| at.elapsed() < EVERY) {
-            return Ok(None);
-        }
-        let (due, recent) = work::rotations_due()?;
-        if due.is_empty() || recent >= guc::max_rotations_per_hour() {
-            self.ages_read_at = Some(Instant::now());
-            return Ok(None);
-        }
-        Ok(due.into_iter().next())
     }
 
     /// Takes a table out of turn for a while after an error; the worker calls it when a step's

@@ -560,22 +560,33 @@ pub fn keys_older(
 }
 
 /// When something next comes due in this database, in seconds from now: a rotation by age, the
-/// end of a grace, a retry, the end of a pause. None: never.
-pub fn next_due() -> Result<Option<i64>> {
+/// end of a grace, a retry, the end of a pause. None: never. What is due but cannot be done now is
+/// left out, or comes when it can be: a rotation when fewer than `most` were in an hour, a row under
+/// quarantine with the end of its table's pause.
+pub fn next_due(most: i64) -> Result<Option<i64>> {
     bigint(
         "SELECT ceil(greatest(extract(epoch FROM min(due) - clock_timestamp()), 0))::bigint FROM ( \
-            SELECT s.activated_at + k.max_age * (1 - 0.05 * (s.slot_id % 1000) / 1000.0) AS due \
+            SELECT greatest(s.activated_at + k.max_age * (1 - 0.05 * (s.slot_id % 1000) / 1000.0), \
+                    (SELECT at + interval '1 hour' FROM rekey.audit_log \
+                      WHERE action = 'rotate_key' AND detail LIKE 'max_age%' \
+                        AND at > clock_timestamp() - interval '1 hour' \
+                      ORDER BY at DESC OFFSET greatest($1, 1) - 1 LIMIT 1)) AS due \
               FROM rekey.key k JOIN rekey.key_slot s USING (key_name) \
-             WHERE s.state = 'active' AND k.max_age > '0'::interval \
+             WHERE s.state = 'active' AND k.max_age > '0'::interval AND k.shredded_at IS NULL \
+               AND $1 > 0 \
             UNION ALL \
             SELECT s.superseded_at + k.grace FROM rekey.key k JOIN rekey.key_slot s USING (key_name) \
              WHERE s.state = 'drained' AND k.after_drain <> 'keep' \
             UNION ALL \
-            SELECT next_try FROM rekey.quarantine WHERE dismissed_at IS NULL \
+            SELECT next_try FROM rekey.quarantine q WHERE dismissed_at IS NULL AND NOT EXISTS ( \
+                SELECT FROM rekey.pause p WHERE p.paused_until > clock_timestamp() \
+                   AND (p.table_name::oid IN (q.table_name::oid, '0'::oid) OR p.table_name::oid IN \
+                        (SELECT relid::oid FROM pg_catalog.pg_partition_ancestors(q.table_name)))) \
             UNION ALL \
-            SELECT paused_until FROM rekey.pause WHERE paused_until < 'infinity') AS dues \
+            SELECT paused_until FROM rekey.pause \
+             WHERE paused_until > clock_timestamp() AND paused_until < 'infinity') AS dues \
           HAVING min(due) IS NOT NULL",
-        &[],
+        &[Arg::Bigint(most)],
     )
 }
 

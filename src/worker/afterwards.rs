@@ -22,7 +22,7 @@ use crate::ffi::table::Tid;
 use crate::ffi::{locks, shared};
 use crate::registry::{self, Leaf};
 use crate::stale::{self, Standing};
-use crate::{failpoint, lifecycle};
+use crate::{failpoint, guc, lifecycle};
 
 /// Why a proof is void, in the audit.
 const FOUND_AGAIN: &str = "values are sealed under it again";
@@ -165,7 +165,7 @@ impl Drainer {
             return Ok(Step::until(at, why));
         }
         let Some(first) = candidates.first() else {
-            return Ok(Step::Idle(work::next_due()?));
+            return Ok(Step::Idle(work::next_due(guc::max_rotations_per_hour())?));
         };
         if let Some(trouble) = troubles.first() {
             let (table, what) = (&trouble.table, &trouble.what);

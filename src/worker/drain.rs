@@ -19,6 +19,7 @@ use super::barrier::Barrier;
 use super::ending::Quarantine;
 use super::proof::{self, Verdict};
 use super::rewrite::{self, Report, Source};
+use super::throttle;
 use crate::catalog::read::{self, SlotRow};
 use crate::catalog::work::{self, Book, Done, Pass};
 use crate::catalog::{self, write};
@@ -148,13 +149,13 @@ impl Drainer {
                 ..Worked::default()
             }));
         }
-        let (leaves, troubles) = registry::leaves()?;
         let step = self.drain_slots()?;
         Ok(first_of(self.ages.put_off(), step))
     }
 
     /// The next thing of the rotations that are committed.
     fn drain_slots(&mut self) -> Result<Step> {
+        let (leaves, troubles) = registry::leaves()?;
         let slots = targets()?;
         // Where nothing at all is registered nobody has said where values are, and a proof would
         // be an empty phrase. A registered table that has no partition holds nothing.
@@ -243,6 +244,17 @@ impl Drainer {
         Err(Unable::Refused("a worker died at it".to_string()))
     }
 
+    /// In the background a table that waits for vacuum is left alone: it rests, the others go on.
+    pub(super) fn refuse_bloated(&self, table: Oid) -> std::result::Result<(), Unable> {
+        if !self.background {
+            return Ok(());
+        }
+        match throttle::obstacle(table)? {
+            Some(why) => Err(Unable::Busy(why.to_string())),
+            None => Ok(()),
+        }
+    }
+
     /// One batch of a table; None when its pass is complete.
     fn visit(&mut self, leaf: &Leaf, wave: &str) -> std::result::Result<Option<Worked>, Unable> {
         self.current = Some(leaf.table);
@@ -266,6 +278,7 @@ impl Drainer {
                 rewritten: 0,
             }));
         }
+        self.refuse_bloated(leaf.table)?;
         let begin = Instant::now();
         let table = enter(leaf)?;
         let pass = self.pass(&table, wave)?;
@@ -551,14 +564,14 @@ pub(super) fn retry_rows(leaf: &Leaf, table: &Table, due: &[Tid]) -> Result<Repo
             work::try_later(leaf.table, *tid)?;
             continue;
         }
+        let failure = report.failed.iter().find(|failure| failure.tid == *tid);
+        let heads = failure.map_or(&[][..], |failure| &failure.heads);
+        work::resolve(leaf.table, *tid, heads)?;
     }
     Ok(report)
 }
 
 pub(super) enum Unable {
-        let failure = report.failed.iter().find(|failure| failure.tid == *tid);
-        let heads = failure.map_or(&[][..], |failure| &failure.heads);
-        work::resolve(leaf.table, *tid, heads)?;
     /// Somebody has paused it.
     Paused(String),
     /// Somebody else is at it: soon again.
@@ -573,11 +586,6 @@ impl From<crate::error::Error> for Unable {
     fn from(error: crate::error::Error) -> Unable {
         Unable::Error(error)
     }
-}
-
-/// Whether the leaf belongs to the table that was asked for.
-pub(super) fn covers(only: Oid, leaf: Oid) -> bool {
-    only == leaf || crate::ffi::relation::leaves(only).contains(&leaf)
 }
 
 /// Of two steps the one that has done something; else the wait for both. An idle step lets the
@@ -599,6 +607,11 @@ pub(super) fn first_of(one: Step, other: Step) -> Step {
             Step::Idle([one, other].into_iter().flatten().min())
         }
     }
+}
+
+/// Whether the leaf belongs to the table that was asked for.
+pub(super) fn covers(only: Oid, leaf: Oid) -> bool {
+    only == leaf || crate::ffi::relation::leaves(only).contains(&leaf)
 }
 
 /// The slots that await a drain: compromised ones first, alone.

@@ -258,7 +258,7 @@ const LONG_REST: u64 = 1000;
 /// Rests after a batch: once for the work just done, and for as long as an alarm lasts.
 fn rest(worked: &Worked, mut facts: Facts, throttle: &mut throttle::Gauge) {
     loop {
-        let read = background::transaction(|| throttle.read(&mut facts, worked.table));
+        let read = background::transaction(|| throttle.read(&mut facts));
         let Some((ms, brake)) = read
             .ok()
             .and_then(|()| schedule::rest(&facts, &throttle::limits()))

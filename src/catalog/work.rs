@@ -173,6 +173,15 @@ pub fn put_off(table: Oid, why: &str) -> Result<()> {
     note_in(Book::Backfill, table, "", why)
 }
 
+/// The waves that the passes of the tables name.
+pub fn waves() -> Result<HashSet<String>> {
+    let found = rows("SELECT DISTINCT wave FROM rekey.progress_state", &[])?;
+    Ok(found
+        .into_iter()
+        .filter_map(|mut row| row[0].take())
+        .collect())
+}
+
 /// The passes that served `from` serve `to` as well: slots of it are left, others are drained.
 pub fn rename_wave(from: &str, to: &str) -> Result<()> {
     let sql = "UPDATE rekey.progress_state SET wave = $2 WHERE wave = $1";

@@ -6,6 +6,7 @@
 //! Nothing here has to survive a crash: cursors and results are in the catalog.
 
 use std::collections::{HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::{Duration, Instant};
 
 use pgrx::pg_sys::Oid;
@@ -78,11 +79,16 @@ pub struct Drainer {
     pub(super) refused: HashMap<SlotId, (u32, Instant)>,
     pub(super) looked_at_drained: bool,
     proofs_too_old: u32,
+    over: Option<String>,
     ages: Ages,
 }
 
 /// A proof that finds stale rows so many times in a row is left for a while: something copies them.
 const PROOFS_IN_A_ROW: u32 = 5;
+/// A table at rest for longer than one that is busy, and a barrier that waits so long, keep later
+/// rotations out of the wave no more.
+const LONG: Duration = Duration::from_secs(1);
+const LONG_BARRIER: Duration = Duration::from_secs(60);
 
 impl Drainer {
     /// For one table, or for all; `proves` also makes the proof.
@@ -105,6 +111,7 @@ impl Drainer {
             refused: HashMap::new(),
             looked_at_drained: false,
             proofs_too_old: 0,
+            over: None,
             ages: Ages::default(),
         }
     }
@@ -156,15 +163,19 @@ impl Drainer {
     /// The next thing of the rotations that are committed.
     fn drain_slots(&mut self) -> Result<Step> {
         let (leaves, troubles) = registry::leaves()?;
-        let slots = targets()?;
+        let mut slots = targets()?;
         // Where nothing at all is registered nobody has said where values are, and a proof would
         // be an empty phrase. A registered table that has no partition holds nothing.
         let silent = leaves.is_empty() && read::registered_columns()?.is_empty();
         if slots.is_empty() || silent {
             return self.afterwards(&leaves, &troubles);
         }
+        let all = slots.len();
+        slots.truncate(self.under_way(&slots)?);
+        let later = slots.len() < all;
         let wave = wave(&slots);
         let mut soonest: Option<(Instant, String)> = None;
+        let mut stuck = false;
         // Tables take turns: one that is large or slow does not keep the others waiting.
         self.turn = self.turn.wrapping_add(1);
         let first = self.turn % leaves.len().max(1);
@@ -175,6 +186,7 @@ impl Drainer {
             if let Some((_, until, why)) = self.resting.get(&leaf.table)
                 && *until > Instant::now()
             {
+                stuck |= *until > Instant::now() + LONG;
                 if soonest.as_ref().is_none_or(|(at, _)| until < at) {
                     soonest = Some((*until, why.clone()));
                 }
@@ -187,6 +199,7 @@ impl Drainer {
                 Err(Unable::Paused(why)) => {
                     // resume() wakes the worker; by hand nobody waits for it.
                     let at = Instant::now() + Duration::from_secs(60);
+                    stuck = true;
                     if soonest.is_none() {
                         soonest = Some((at, why));
                     }
@@ -197,9 +210,14 @@ impl Drainer {
                 }
                 Err(Unable::Refused(why)) => {
                     let at = self.rest(leaf.table, &why, false)?;
+                    stuck = true;
                     soonest = Some((at, why));
                 }
             }
+        }
+        let ends_here = soonest.is_none() && (!self.proves || self.only.is_some());
+        if later && (stuck || ends_here) {
+            return Ok(self.let_join(&wave));
         }
         if let Some((at, why)) = soonest {
             return Ok(Step::until(at, why));
@@ -208,7 +226,30 @@ impl Drainer {
         if !self.proves {
             return Ok(Step::Idle(None));
         }
-        self.prove(&leaves, &troubles, &slots, &wave)
+        self.prove(&leaves, &troubles, &slots, &wave, later)
+    }
+
+    /// How many of the slots, in the order of their rotations, the wave under way is about: the most
+    /// that the passes of the tables name, so that every drainer goes on with the same ones. A later
+    /// rotation waits for the next wave, or rotations that come fast would end none. All, when no
+    /// wave is under way, or when it comes to no end for now.
+    fn under_way(&self, slots: &[SlotRow]) -> Result<usize> {
+        let named = work::waves()?;
+        let names = waves(slots).collect::<Vec<_>>();
+        let known = names.iter().rposition(|name| named.contains(name));
+        let over = |at: &usize| self.over.as_ref() == Some(&names[*at]);
+        Ok(known
+            .filter(|at| !over(at))
+            .map_or(slots.len(), |at| at + 1))
+    }
+
+    /// The wave comes to no end for now: later rotations join it.
+    fn let_join(&mut self, wave: &str) -> Step {
+        self.over = Some(wave.to_string());
+        Step::Worked(Worked {
+            what: "later rotations join".to_string(),
+            ..Worked::default()
+        })
     }
 
     /// Takes a table out of turn for a while after an error; the worker calls it when a step's
@@ -394,8 +435,12 @@ impl Drainer {
         troubles: &[registry::Trouble],
         slots: &[SlotRow],
         wave: &str,
+        later: bool,
     ) -> Result<Step> {
         let all = Oid::INVALID;
+        if later && !troubles.is_empty() {
+            return Ok(self.let_join(wave));
+        }
         if let Some(trouble) = troubles.first() {
             let why = format!("{}: {}", trouble.table, trouble.what);
             work::note(all, "", &why)?;
@@ -418,6 +463,9 @@ impl Drainer {
         if let Some(barrier) = &mut self.barrier
             && let Some(who) = barrier.waits_for()?
         {
+            if later && barrier.captured_at.elapsed() > LONG_BARRIER {
+                return Ok(self.let_join(wave));
+            }
             let why = format!("waits for {who}");
             work::note(all, "barrier", &why)?;
             return Ok(Step::Wait(Duration::from_millis(200), why));
@@ -429,6 +477,9 @@ impl Drainer {
             .filter(|slot| !quarantine.holds(slot.id))
             .cloned()
             .collect();
+        if free.is_empty() && later {
+            return Ok(self.let_join(wave));
+        }
         if free.is_empty() {
             let mut rows = 0;
             for leaf in leaves {
@@ -485,6 +536,9 @@ impl Drainer {
                     self.prove_again_at = Some(Instant::now() + Duration::from_secs(600));
                 }
                 work::note(all, "proof", &why)?;
+                if later {
+                    return Ok(self.let_join(wave));
+                }
                 format!("no proof: {why}")
             }
         };
@@ -614,7 +668,7 @@ pub(super) fn covers(only: Oid, leaf: Oid) -> bool {
     only == leaf || crate::ffi::relation::leaves(only).contains(&leaf)
 }
 
-/// The slots that await a drain: compromised ones first, alone.
+/// The slots that await a drain, in the order of their rotations: compromised ones first, alone.
 fn targets() -> Result<Vec<SlotRow>> {
     let slots = stale::slots()?;
     let mut targets: Vec<SlotRow> = read::all_slots()?
@@ -625,18 +679,22 @@ fn targets() -> Result<Vec<SlotRow>> {
     if targets.iter().any(|slot| slot.compromised) {
         targets.retain(|slot| slot.compromised);
     }
-    targets.sort_by_key(|slot| slot.id.get());
+    targets.sort_by_key(|slot| (slot.superseded_at, slot.id.get()));
     Ok(targets)
 }
 
 /// Names the rotations that a pass and a proof serve.
 fn wave(slots: &[SlotRow]) -> String {
-    use std::hash::{DefaultHasher, Hash, Hasher};
+    waves(slots).last().unwrap_or_default()
+}
+
+/// The names of the first one, the first two and so on.
+fn waves(slots: &[SlotRow]) -> impl Iterator<Item = String> {
     let mut hasher = DefaultHasher::new();
-    for slot in slots {
+    slots.iter().map(move |slot| {
         (slot.id.get(), slot.superseded_at).hash(&mut hasher);
-    }
-    format!("{:016x}", hasher.finish())
+        format!("{:016x}", hasher.finish())
+    })
 }
 
 /// Marks the proved slots as drained: those that are what they were when the proof began, and whose

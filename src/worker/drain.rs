@@ -136,6 +136,11 @@ impl Drainer {
         self.current
     }
 
+    /// What fails from here on is the fault of no table, until one is worked on.
+    pub fn blame_nobody(&mut self) {
+        self.current = None;
+    }
+
     /// Does the next thing, in the caller's transaction, which it then commits.
     pub fn step(&mut self) -> Result<Step> {
         self.current = None;

@@ -454,6 +454,29 @@ fn code_that_swallows_every_cancel_delays_no_other_table() {
     });
 }
 
+#[test]
+fn a_call_leaves_a_table_whose_context_does_not_plan_and_says_so_at_the_end() {
+    let database = database("plans");
+    let mut client = database.connect();
+    client.run(
+        "CREATE FUNCTION bound(id int) RETURNS text IMMUTABLE LANGUAGE sql AS 'SELECT id::text';
+         CREATE TABLE a (id int, c bytea); CREATE TABLE z (id int, c bytea);
+         INSERT INTO a SELECT i, encrypt_col('x', 'pii', i::text) FROM generate_series(1, 3) AS i;
+         INSERT INTO z SELECT * FROM a;
+         SELECT rekey.register_column(t, 'c', 'public.bound(id)') FROM unnest('{a,z}'::regclass[]) AS t;
+         DROP FUNCTION bound;
+         SELECT rotate_key('pii')",
+    );
+    client.fail("CALL rekey.reencrypt()", "42883");
+    assert_eq!(stale(&mut client, "t"), 0, "another table is done");
+    assert_eq!(stale(&mut client, "a"), 3);
+    client.run(
+        "CREATE FUNCTION bound(id int) RETURNS text IMMUTABLE LANGUAGE sql AS 'SELECT id::text'",
+    );
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(states(&mut client), ["drained", "active"]);
+}
+
 /// A retry of a row under quarantine runs `body` of the table's owner, when no slot awaits a proof.
 fn a_retry_that_runs(name: &str, body: &str) {
     let cluster = Cluster::start(

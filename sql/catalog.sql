@@ -8,8 +8,8 @@ COMMENT ON SCHEMA rekey IS 'pg_rekey: keys, slots, grants and the functions that
 CREATE TABLE rekey.key (
     key_name        text COLLATE "C" PRIMARY KEY,
     purpose         text NOT NULL DEFAULT 'seal' CHECK (purpose IN ('seal', 'lookup')),
-    grace           interval NOT NULL DEFAULT '30 days' CHECK (grace >= '0'::interval),
-    max_age         interval NOT NULL DEFAULT '0' CHECK (max_age >= '0'::interval),
+    grace           interval NOT NULL DEFAULT '30 days' CHECK (grace BETWEEN '0'::interval AND '1000 years'::interval),
+    max_age         interval NOT NULL DEFAULT '0' CHECK (max_age BETWEEN '0'::interval AND '1000 years'::interval),
     after_drain     text NOT NULL DEFAULT 'keep' CHECK (after_drain IN ('keep', 'disable', 'destroy')),
     require_context boolean NOT NULL DEFAULT false,
     custodian       text NOT NULL DEFAULT '',

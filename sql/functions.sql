@@ -265,6 +265,12 @@ CREATE FUNCTION rekey.reencrypt_step(table_name regclass, first boolean, OUT mes
 COMMENT ON FUNCTION rekey.reencrypt_step(regclass, boolean) IS
     'One transaction''s worth of re-encryption, for CALL rekey.reencrypt()';
 
+CREATE FUNCTION rekey.reencrypt_put_off(sqlstate text) RETURNS boolean
+    LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'reencrypt_put_off_wrapper';
+COMMENT ON FUNCTION rekey.reencrypt_put_off(text) IS
+    'After a step that failed: has the table rest at which it did, for CALL rekey.reencrypt(); false when no table is to blame';
+
+-- A table at which a step fails rests, and the others go on; the error comes at the end.
 -- Without SET and SECURITY DEFINER: with either, COMMIT is refused. Every name is qualified, and
 -- no operator is looked up but integer addition in pg_catalog.
 CREATE PROCEDURE rekey.reencrypt(table_name regclass DEFAULT NULL)
@@ -275,10 +281,25 @@ DECLARE
     first boolean := true;
     said pg_catalog.text := '';
     said_at pg_catalog.timestamptz := pg_catalog.clock_timestamp();
+    failed boolean := false;
+    state pg_catalog.text;
+    message pg_catalog.text;
+    detail pg_catalog.text;
+    hint pg_catalog.text;
 BEGIN
     LOOP
-        SELECT s.message, s.rewritten, s.finished INTO step
-          FROM rekey.reencrypt_step(table_name, first) AS s;
+        BEGIN
+            SELECT s.message, s.rewritten, s.finished INTO step
+              FROM rekey.reencrypt_step(table_name, first) AS s;
+        EXCEPTION WHEN OTHERS THEN
+            IF NOT rekey.reencrypt_put_off(SQLSTATE) THEN
+                RAISE;
+            END IF;
+            failed := true;
+            GET STACKED DIAGNOSTICS state = RETURNED_SQLSTATE, message = MESSAGE_TEXT,
+                detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
+            SELECT '' AS message, 0::pg_catalog.int8 AS rewritten, false AS finished INTO step;
+        END;
         first := false;
         rows_done := rows_done OPERATOR(pg_catalog.+) step.rewritten;
         IF step.message OPERATOR(pg_catalog.<>) '' AND step.message OPERATOR(pg_catalog.<>) said
@@ -293,6 +314,12 @@ BEGIN
         EXIT WHEN step.finished;
         COMMIT;
     END LOOP;
+    IF failed THEN
+        COMMIT;
+        RAISE EXCEPTION USING ERRCODE = state, MESSAGE = message, HINT = hint,
+            DETAIL = CASE WHEN detail OPERATOR(pg_catalog.=) '' THEN 'One table was left.'
+                          ELSE detail END;
+    END IF;
     RAISE NOTICE 'done, % rows re-encrypted', rows_done;
 END
 $$;

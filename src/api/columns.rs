@@ -425,6 +425,25 @@ thread_local! {
     static FOREGROUND: RefCell<Option<Drainer>> = const { RefCell::new(None) };
 }
 
+/// The drainer of a CALL while it is at work; kept for the next step whatever becomes of this one.
+struct Kept(Option<Drainer>);
+
+impl Kept {
+    fn take(first: bool) -> Kept {
+        let mut drainer = FOREGROUND.take().filter(|_| !first);
+        if let Some(drainer) = &mut drainer {
+            drainer.blame_nobody();
+        }
+        Kept(drainer)
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        FOREGROUND.replace(self.0.take());
+    }
+}
+
 /// Waits longer than this are not waited out by CALL reencrypt(): it says why and ends.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -435,6 +454,7 @@ fn reencrypt_step(fcinfo: FunctionCallInfo) -> Reply {
         let table = call.datum(0).map(|_| call.required_oid(0, "table_name"));
         let table = table.transpose()?;
         let first = call.required_bool(1, "first")?;
+        let mut kept = Kept::take(first);
         let user = session::current_user();
         let (leaves, _) = registry::leaves()?;
         let registered = read::registered_columns()?;
@@ -456,14 +476,8 @@ fn reencrypt_step(fcinfo: FunctionCallInfo) -> Reply {
         }
         // With nothing registered only after_drain is left to do.
         let proves = owns_all && (!registered.is_empty() || session::is_superuser(user));
-        if first {
-            FOREGROUND.replace(Some(Drainer::new(table, proves)));
-        }
-        let mut drainer = FOREGROUND
-            .take()
-            .unwrap_or_else(|| Drainer::new(table, proves));
+        let drainer = kept.0.get_or_insert_with(|| Drainer::new(table, proves));
         let step = drainer.step()?;
-        FOREGROUND.replace(Some(drainer));
         let (message, rewritten, finished) = match step {
             Step::Worked(worked) => (worked.what, worked.rewritten, false),
             Step::Wait(wait, why) if wait > PATIENCE || wait.is_zero() => (why, 0, true),
@@ -479,6 +493,31 @@ fn reencrypt_step(fcinfo: FunctionCallInfo) -> Reply {
             Some(pg_sys::Datum::from(rewritten)),
             Some(pg_sys::Datum::from(finished)),
         ]))
+    })
+}
+
+/// A step of CALL reencrypt() has failed: has the table rest at which it did, so that the others go
+/// on. False when no table is to blame.
+#[pg_extern(sql = false)]
+fn reencrypt_put_off(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |call| {
+        session::refuse_read_only(c"reencrypt()");
+        let state = call.required_text(0, "sqlstate")?;
+        // The server is at fault, or this extension: no table.
+        let grave = ["53", "57", "58", "F0", "XX"]
+            .iter()
+            .any(|class| state.starts_with(class));
+        let mut kept = Kept(FOREGROUND.take());
+        let failed = kept
+            .0
+            .as_mut()
+            .and_then(|drainer| Some((drainer.current()?, drainer)));
+        let Some((table, drainer)) = failed.filter(|_| !grave) else {
+            return Ok(Reply::bool(false));
+        };
+        drainer.rest(table, &format!("failed with SQLSTATE {state}"), false)?;
+        drainer.blame_nobody();
+        Ok(Reply::bool(true))
     })
 }
 

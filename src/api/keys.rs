@@ -7,7 +7,7 @@ use rekey_core::keyring::{Privilege, SlotState, valid_key_name};
 
 use super::grants::claim;
 use crate::catalog::read;
-use crate::catalog::write::{self, Audit, NewKey, Policy};
+use crate::catalog::write::{self, Audit, NewKey, Policy, Span};
 use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
 use crate::ffi::{session, text};
@@ -39,14 +39,20 @@ fn interval(call: &Call, i: usize, name: &str) -> Result<Option<pg_sys::Datum>> 
     let Some(datum) = call.datum(i) else {
         return Ok(None);
     };
-    if write::is_negative(datum)? {
-        return Err(Error::Argument(
+    match write::span(datum)? {
+        Span::Fits => Ok(Some(datum)),
+        Span::Negative => Err(Error::Argument(
             format!("{name} must not be negative"),
             "It is a span of time that is waited for.".to_string(),
             "Use an interval such as '30 days', or '0'.".to_string(),
-        ));
+        )),
+        Span::TooLong => Err(Error::Argument(
+            format!("{name} must not be longer than 1000 years"),
+            "A point in time behind all timestamps would stop the worker and the views."
+                .to_string(),
+            "Use an interval such as '30 days'; a max_age of '0' is never.".to_string(),
+        )),
     }
-    Ok(Some(datum))
 }
 
 #[pg_extern(sql = false)]

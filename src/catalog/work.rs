@@ -173,6 +173,15 @@ pub fn put_off(table: Oid, why: &str) -> Result<()> {
     note_in(Book::Backfill, table, "", why)
 }
 
+/// The waves that the passes of the tables name.
+pub fn waves() -> Result<HashSet<String>> {
+    let found = rows("SELECT DISTINCT wave FROM rekey.progress_state", &[])?;
+    Ok(found
+        .into_iter()
+        .filter_map(|mut row| row[0].take())
+        .collect())
+}
+
 /// The passes that served `from` serve `to` as well: slots of it are left, others are drained.
 pub fn rename_wave(from: &str, to: &str) -> Result<()> {
     let sql = "UPDATE rekey.progress_state SET wave = $2 WHERE wave = $1";
@@ -302,7 +311,8 @@ pub fn quarantine(table: Oid, failure: &Failure) -> Result<bool> {
             SET row_ref = $2::text::tid, sqlstate = $4, slot_id = NULLIF($3, 0), \
                 tries = q.tries + 1, \
                 next_try = CASE WHEN q.dismissed_at IS NULL THEN clock_timestamp() \
-                    + least(interval '1 minute' * power(2, q.tries), interval '1 day') END",
+                    + least(interval '1 minute' * power(2, least(q.tries, 11)), \
+                               interval '1 day') END",
         &[
             Arg::Oid(table),
             Arg::Text(&failure.tid.to_string()),
@@ -328,12 +338,12 @@ pub fn count_unlisted_again(table: Oid) -> Result<()> {
     .map(|_| ())
 }
 
-/// Entries of a table whose next try has come.
+/// Places of a table of which an entry's next try has come, each once.
 pub fn due(table: Oid) -> Result<Vec<Tid>> {
     let found = rows(
         "SELECT row_ref::text FROM rekey.quarantine \
           WHERE table_name = $1::oid::regclass AND dismissed_at IS NULL \
-            AND next_try <= clock_timestamp() ORDER BY next_try LIMIT 1000",
+            AND next_try <= clock_timestamp() GROUP BY row_ref ORDER BY min(next_try) LIMIT 1000",
         &[Arg::Oid(table)],
     )?;
     Ok(tids(&found))
@@ -344,11 +354,27 @@ fn tids(found: &[Vec<Option<String>>]) -> Vec<Tid> {
     found.iter().filter_map(tid).collect()
 }
 
-/// The row is well again, or gone.
-pub fn resolve(table: Oid, tid: Tid) -> Result<()> {
+/// Of the entries of a place those stay that are about just these envelopes: of the others the row
+/// is well again, or gone.
+pub fn resolve(table: Oid, tid: Tid, failing: &[Head]) -> Result<()> {
     run(
         "DELETE FROM rekey.quarantine WHERE table_name = $1::oid::regclass \
-            AND row_ref = $2::text::tid AND dismissed_at IS NULL",
+            AND row_ref = $2::text::tid AND dismissed_at IS NULL AND heads <> $3",
+        &[
+            Arg::Oid(table),
+            Arg::Text(&tid.to_string()),
+            Arg::Bytea(&failing.concat()),
+        ],
+    )
+    .map(|_| ())
+}
+
+/// Somebody has the row locked: it is tried again in a minute.
+pub fn try_later(table: Oid, tid: Tid) -> Result<()> {
+    run(
+        "UPDATE rekey.quarantine SET next_try = clock_timestamp() + interval '1 minute' \
+          WHERE table_name = $1::oid::regclass AND row_ref = $2::text::tid \
+            AND dismissed_at IS NULL",
         &[Arg::Oid(table), Arg::Text(&tid.to_string())],
     )
     .map(|_| ())
@@ -489,15 +515,17 @@ pub fn after_drain() -> Result<Vec<(i64, String)>> {
 }
 
 /// The keys that have passed their longest life, less up to 5 % that differ from slot to slot, so
-/// that keys of one age do not rotate at once; and how many rotations by age the last hour saw.
-pub fn rotations_due() -> Result<(Vec<String>, i64)> {
+/// that keys of one age do not rotate at once, without those of `others`; and how many rotations by
+/// age the last hour saw.
+pub fn rotations_due(others: &[&str]) -> Result<(Vec<String>, i64)> {
     let found = rows(
         "SELECT k.key_name FROM rekey.key k JOIN rekey.key_slot s USING (key_name) \
           WHERE s.state = 'active' AND k.max_age > '0'::interval AND k.shredded_at IS NULL \
+            AND k.key_name <> ALL ($1) \
             AND s.activated_at + k.max_age * (1 - 0.05 * (s.slot_id % 1000) / 1000.0) \
                 <= clock_timestamp() \
           ORDER BY s.activated_at LIMIT 100",
-        &[],
+        &[Arg::Texts(others)],
     )?;
     let recent = bigint(
         "SELECT count(*) FROM rekey.audit_log WHERE action = 'rotate_key' \
@@ -541,22 +569,33 @@ pub fn keys_older(
 }
 
 /// When something next comes due in this database, in seconds from now: a rotation by age, the
-/// end of a grace, a retry, the end of a pause. None: never.
-pub fn next_due() -> Result<Option<i64>> {
+/// end of a grace, a retry, the end of a pause. None: never. What is due but cannot be done now is
+/// left out, or comes when it can be: a rotation when fewer than `most` were in an hour, a row under
+/// quarantine with the end of its table's pause.
+pub fn next_due(most: i64) -> Result<Option<i64>> {
     bigint(
         "SELECT ceil(greatest(extract(epoch FROM min(due) - clock_timestamp()), 0))::bigint FROM ( \
-            SELECT s.activated_at + k.max_age * (1 - 0.05 * (s.slot_id % 1000) / 1000.0) AS due \
+            SELECT greatest(s.activated_at + k.max_age * (1 - 0.05 * (s.slot_id % 1000) / 1000.0), \
+                    (SELECT at + interval '1 hour' FROM rekey.audit_log \
+                      WHERE action = 'rotate_key' AND detail LIKE 'max_age%' \
+                        AND at > clock_timestamp() - interval '1 hour' \
+                      ORDER BY at DESC OFFSET greatest($1, 1) - 1 LIMIT 1)) AS due \
               FROM rekey.key k JOIN rekey.key_slot s USING (key_name) \
-             WHERE s.state = 'active' AND k.max_age > '0'::interval \
+             WHERE s.state = 'active' AND k.max_age > '0'::interval AND k.shredded_at IS NULL \
+               AND $1 > 0 \
             UNION ALL \
             SELECT s.superseded_at + k.grace FROM rekey.key k JOIN rekey.key_slot s USING (key_name) \
              WHERE s.state = 'drained' AND k.after_drain <> 'keep' \
             UNION ALL \
-            SELECT next_try FROM rekey.quarantine WHERE dismissed_at IS NULL \
+            SELECT next_try FROM rekey.quarantine q WHERE dismissed_at IS NULL AND NOT EXISTS ( \
+                SELECT FROM rekey.pause p WHERE p.paused_until > clock_timestamp() \
+                   AND (p.table_name::oid IN (q.table_name::oid, '0'::oid) OR p.table_name::oid IN \
+                        (SELECT relid::oid FROM pg_catalog.pg_partition_ancestors(q.table_name)))) \
             UNION ALL \
-            SELECT paused_until FROM rekey.pause WHERE paused_until < 'infinity') AS dues \
+            SELECT paused_until FROM rekey.pause \
+             WHERE paused_until > clock_timestamp() AND paused_until < 'infinity') AS dues \
           HAVING min(due) IS NOT NULL",
-        &[],
+        &[Arg::Bigint(most)],
     )
 }
 

@@ -228,10 +228,28 @@ pub fn update_policy(name: &str, policy: &Policy<'_>) -> Result<()> {
     .map(|_| ())
 }
 
-/// Whether an interval datum is negative.
-pub fn is_negative(interval: pg_sys::Datum) -> Result<bool> {
-    let sql = "SELECT ($1 < '0'::interval)::int::bigint";
-    Ok(bigint(sql, &[Arg::Interval(Some(interval))])? == Some(1))
+/// An interval datum as a span of time that is added to timestamps.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Span {
+    /// It can be.
+    Fits,
+    /// Less than none.
+    Negative,
+    /// More than a thousand years, as a whole or in months or days: those are added one after the
+    /// other, and the sum of both may be small where the first one leads out of all timestamps.
+    TooLong,
+}
+
+/// Judges an interval datum.
+pub fn span(interval: pg_sys::Datum) -> Result<Span> {
+    let sql = "SELECT (CASE WHEN $1 < '0'::interval THEN 1 \
+                  WHEN $1 > '1000 years'::interval OR abs(extract(year FROM $1)) > 1000 \
+                    OR abs(extract(day FROM $1)) > 365250 THEN 2 ELSE 0 END)::bigint";
+    Ok(match bigint(sql, &[Arg::Interval(Some(interval))])? {
+        Some(0) => Span::Fits,
+        Some(1) => Span::Negative,
+        _ => Span::TooLong,
+    })
 }
 
 /// Marks a key as shredded.

@@ -450,6 +450,7 @@ pub struct Updater<'a> {
     old: *mut pg_sys::TupleTableSlot,
     new: *mut pg_sys::TupleTableSlot,
     snapshot: Snapshot,
+    blocks: u32,
     tuples: pg_sys::MemoryContext,
 }
 
@@ -501,6 +502,7 @@ impl<'a> Updater<'a> {
                 old,
                 new,
                 snapshot,
+                blocks: table.blocks(),
                 tuples,
             }
         }
@@ -518,6 +520,10 @@ impl<'a> Updater<'a> {
             *mut pg_sys::TupleTableSlot,
         ) -> std::result::Result<Vec<(i16, pg_sys::Datum)>, E>,
     ) -> std::result::Result<Updated, E> {
+        // VACUUM has cut off the end of the file, and the row with it: a read there is an error.
+        if tid.block >= self.blocks {
+            return Ok(Updated::Moved);
+        }
         let mut item = tid.item();
         // SAFETY: slots, snapshot and result relation belong to the open table. TM_FailureData is
         // plain data. Without TUPLE_LOCK_FLAG_FIND_LAST_VERSION only the very version is locked.

@@ -10,17 +10,19 @@ use pgrx::pg_sys::Oid;
 use rekey_core::envelope::SlotId;
 use rekey_core::keyring::SlotState;
 
-use super::drain::{Drainer, Step, Unable, Worked, enter, lock_free, refuse_paused, retry_rows};
+use super::drain::{
+    Drainer, Step, Unable, Worked, enter, first_of, lock_free, refuse_paused, retry_rows,
+};
 use super::ending::{self, Candidate, Quarantine};
 use super::proof::{self, Verdict};
 use crate::catalog::read::{self, SlotRow};
 use crate::catalog::{work, write};
 use crate::error::Result;
-use crate::ffi::locks;
 use crate::ffi::table::Tid;
+use crate::ffi::{locks, shared};
 use crate::registry::{self, Leaf};
 use crate::stale::{self, Standing};
-use crate::{failpoint, lifecycle};
+use crate::{failpoint, guc, lifecycle};
 
 /// Why a proof is void, in the audit.
 const FOUND_AGAIN: &str = "values are sealed under it again";
@@ -34,14 +36,68 @@ impl Drainer {
     ) -> Result<Step> {
         let tables: Vec<Oid> = leaves.iter().map(|leaf| leaf.table).collect();
         work::forget_others(&tables)?;
+        let resting = match self.retry_due(leaves)? {
+            Step::Worked(worked) => return Ok(Step::Worked(worked)),
+            other => other,
+        };
+        let step = self.end(leaves, troubles)?;
+        Ok(first_of(resting, step))
+    }
+
+    /// Rows under quarantine that are due, of one table. What fails there is the table's fault: it
+    /// rests, and the others go on.
+    fn retry_due(&mut self, leaves: &[Leaf]) -> Result<Step> {
+        let mut resting: Option<(Instant, String)> = None;
         for leaf in leaves {
             let due = work::due(leaf.table)?;
-            if !due.is_empty()
-                && let Some(worked) = retry(leaf, &due)?
+            if due.is_empty() {
+                continue;
+            }
+            if let Some((_, until, why)) = self.resting.get(&leaf.table)
+                && *until > Instant::now()
             {
-                return Ok(Step::Worked(worked));
+                if resting.as_ref().is_none_or(|(at, _)| until < at) {
+                    resting = Some((*until, why.clone()));
+                }
+                continue;
+            }
+            self.current = Some(leaf.table);
+            shared::working_on(leaf.table.to_u32());
+            match retry(leaf, &due) {
+                Ok(retried) => {
+                    let slow = "code of its owner takes too long";
+                    if retried.slow {
+                        self.rest(leaf.table, slow, false)?;
+                    } else {
+                        self.resting.remove(&leaf.table);
+                    }
+                    return Ok(Step::Worked(retried.worked));
+                }
+                Err(Unable::Error(error)) => return Err(error),
+                // Its entries come due again with the end of the pause; by hand nobody waits for a
+                // table that is locked.
+                Err(Unable::Paused(_)) => {}
+                Err(Unable::Busy(_) | Unable::Refused(_)) if !self.background => {}
+                Err(Unable::Busy(why)) => {
+                    let at = self.rest(leaf.table, &why, true)?;
+                    resting.get_or_insert((at, why));
+                }
+                Err(Unable::Refused(why)) => {
+                    let at = self.rest(leaf.table, &why, false)?;
+                    resting.get_or_insert((at, why));
+                }
             }
         }
+        self.current = None;
+        shared::working_on(0);
+        Ok(match resting {
+            Some((at, why)) => Step::until(at, why),
+            None => Step::Idle(None),
+        })
+    }
+
+    /// What follows a drain.
+    fn end(&mut self, leaves: &[Leaf], troubles: &[registry::Trouble]) -> Result<Step> {
         if !self.proves || self.only.is_some() {
             return Ok(Step::Idle(None));
         }
@@ -109,7 +165,7 @@ impl Drainer {
             return Ok(Step::until(at, why));
         }
         let Some(first) = candidates.first() else {
-            return Ok(Step::Idle(work::next_due()?));
+            return Ok(Step::Idle(work::next_due(guc::max_rotations_per_hour())?));
         };
         if let Some(trouble) = troubles.first() {
             let (table, what) = (&trouble.table, &trouble.what);
@@ -156,23 +212,29 @@ impl Drainer {
     }
 }
 
-/// Tries rows under quarantine again; None when the table cannot be worked on now.
-fn retry(leaf: &Leaf, due: &[Tid]) -> Result<Option<Worked>> {
-    let table = match refuse_paused(leaf).and_then(|()| enter(leaf)) {
-        Ok(table) => table,
-        Err(Unable::Error(error)) => return Err(error),
-        Err(Unable::Paused(_) | Unable::Busy(_) | Unable::Refused(_)) => return Ok(None),
-    };
+/// What became of a table's rows under quarantine.
+struct Retried {
+    worked: Worked,
+    slow: bool,
+}
+
+/// Tries rows under quarantine again.
+fn retry(leaf: &Leaf, due: &[Tid]) -> std::result::Result<Retried, Unable> {
+    refuse_paused(leaf)?;
+    let table = enter(leaf)?;
     let report = retry_rows(leaf, &table, due)?;
     for failure in &report.failed {
         work::quarantine(leaf.table, failure)?;
     }
-    Ok(Some(Worked {
-        what: format!("retried {} rows", due.len()),
-        table: Some(leaf.table),
-        rewritten: report.rewritten,
-        rested: report.rested,
-    }))
+    Ok(Retried {
+        worked: Worked {
+            what: format!("retried {} rows", due.len()),
+            table: Some(leaf.table),
+            rewritten: report.rewritten,
+            rested: report.rested,
+        },
+        slow: report.slow,
+    })
 }
 
 /// After a restore or a copy what was proved there says nothing of the tables here. Returns how

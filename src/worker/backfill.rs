@@ -118,6 +118,7 @@ impl Drainer {
         if self.announce(Book::Backfill, oid)? {
             return Ok(Some(worked(format!("{name}: begins"))));
         }
+        self.refuse_bloated(oid)?;
         for live in &lives {
             if let Err(error) = registry::refuse_other_owner(live.row.table, oid) {
                 return Err(Unable::Refused(error.explain().0));

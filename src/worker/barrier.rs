@@ -5,6 +5,8 @@
 //! everyone are captured once, and looked at until each has ended, prepared ones too. What seals
 //! later read the new active slot under its lock (I6).
 
+use std::time::Instant;
+
 use crate::catalog::read::SlotRow;
 use crate::catalog::{self, work};
 use crate::error::Result;
@@ -13,6 +15,8 @@ use crate::ffi::locks::{self, Holder};
 /// The transactions that may still seal under the slots of a wave.
 pub struct Barrier {
     wave: String,
+    /// When.
+    pub captured_at: Instant,
     holders: Vec<Holder>,
 }
 
@@ -26,6 +30,7 @@ impl Barrier {
         }
         Ok(Barrier {
             wave: wave.to_string(),
+            captured_at: Instant::now(),
             holders: locks::holders(catalog::barrier()?),
         })
     }

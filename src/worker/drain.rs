@@ -6,6 +6,7 @@
 //! Nothing here has to survive a crash: cursors and results are in the catalog.
 
 use std::collections::{HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::{Duration, Instant};
 
 use pgrx::pg_sys::Oid;
@@ -13,11 +14,13 @@ use rekey_core::envelope::SlotId;
 use rekey_core::keyring::SlotState;
 use rekey_core::schedule::BatchSize;
 
+use super::ages::Ages;
 use super::backfill::Backfill;
 use super::barrier::Barrier;
 use super::ending::Quarantine;
 use super::proof::{self, Verdict};
 use super::rewrite::{self, Report, Source};
+use super::throttle;
 use crate::catalog::read::{self, SlotRow};
 use crate::catalog::work::{self, Book, Done, Pass};
 use crate::catalog::{self, write};
@@ -78,11 +81,16 @@ pub struct Drainer {
     pub(super) refused: HashMap<SlotId, (u32, Instant)>,
     pub(super) looked_at_drained: bool,
     proofs_too_old: u32,
-    ages_read_at: Option<Instant>,
+    over: Option<String>,
+    ages: Ages,
 }
 
 /// A proof that finds stale rows so many times in a row is left for a while: something copies them.
 const PROOFS_IN_A_ROW: u32 = 5;
+/// A table at rest for longer than one that is busy, and a barrier that waits so long, keep later
+/// rotations out of the wave no more.
+const LONG: Duration = Duration::from_secs(1);
+const LONG_BARRIER: Duration = Duration::from_secs(60);
 
 impl Drainer {
     /// For one table, or for all; `proves` also makes the proof.
@@ -105,7 +113,8 @@ impl Drainer {
             refused: HashMap::new(),
             looked_at_drained: false,
             proofs_too_old: 0,
-            ages_read_at: None,
+            over: None,
+            ages: Ages::default(),
         }
     }
 
@@ -129,6 +138,11 @@ impl Drainer {
         self.current
     }
 
+    /// What fails from here on is the fault of no table, until one is worked on.
+    pub fn blame_nobody(&mut self) {
+        self.current = None;
+    }
+
     /// Does the next thing, in the caller's transaction, which it then commits.
     pub fn step(&mut self) -> Result<Step> {
         self.current = None;
@@ -136,25 +150,39 @@ impl Drainer {
         self.take_turns()
     }
 
-    /// The next thing of a rotation.
+    /// The next thing of a rotation, or a rotation by age.
     pub(super) fn drain(&mut self) -> Result<Step> {
-        if let Some(key) = self.key_of_age()? {
-            let slot = lifecycle::rotate(&key, "max_age reached")?;
+        // What the backfill has looked at is not to blame for what follows.
+        self.current = None;
+        shared::working_on(0);
+        if self.background
+            && let Some(slot) = self.ages.rotate()?
+        {
             return Ok(Step::Worked(Worked {
                 what: format!("rotated a key by age to slot {slot}"),
                 ..Worked::default()
             }));
         }
+        let step = self.drain_slots()?;
+        Ok(first_of(self.ages.put_off(), step))
+    }
+
+    /// The next thing of the rotations that are committed.
+    fn drain_slots(&mut self) -> Result<Step> {
         let (leaves, troubles) = registry::leaves()?;
-        let slots = targets()?;
+        let mut slots = targets()?;
         // Where nothing at all is registered nobody has said where values are, and a proof would
         // be an empty phrase. A registered table that has no partition holds nothing.
         let silent = leaves.is_empty() && read::registered_columns()?.is_empty();
         if slots.is_empty() || silent {
             return self.afterwards(&leaves, &troubles);
         }
+        let all = slots.len();
+        slots.truncate(self.under_way(&slots)?);
+        let later = slots.len() < all;
         let wave = wave(&slots);
         let mut soonest: Option<(Instant, String)> = None;
+        let mut stuck = false;
         // Tables take turns: one that is large or slow does not keep the others waiting.
         self.turn = self.turn.wrapping_add(1);
         let first = self.turn % leaves.len().max(1);
@@ -165,6 +193,7 @@ impl Drainer {
             if let Some((_, until, why)) = self.resting.get(&leaf.table)
                 && *until > Instant::now()
             {
+                stuck |= *until > Instant::now() + LONG;
                 if soonest.as_ref().is_none_or(|(at, _)| until < at) {
                     soonest = Some((*until, why.clone()));
                 }
@@ -177,6 +206,7 @@ impl Drainer {
                 Err(Unable::Paused(why)) => {
                     // resume() wakes the worker; by hand nobody waits for it.
                     let at = Instant::now() + Duration::from_secs(60);
+                    stuck = true;
                     if soonest.is_none() {
                         soonest = Some((at, why));
                     }
@@ -187,9 +217,14 @@ impl Drainer {
                 }
                 Err(Unable::Refused(why)) => {
                     let at = self.rest(leaf.table, &why, false)?;
+                    stuck = true;
                     soonest = Some((at, why));
                 }
             }
+        }
+        let ends_here = soonest.is_none() && (!self.proves || self.only.is_some());
+        if later && (stuck || ends_here) {
+            return Ok(self.let_join(&wave));
         }
         if let Some((at, why)) = soonest {
             return Ok(Step::until(at, why));
@@ -198,26 +233,30 @@ impl Drainer {
         if !self.proves {
             return Ok(Step::Idle(None));
         }
-        self.prove(&leaves, &troubles, &slots, &wave)
+        self.prove(&leaves, &troubles, &slots, &wave, later)
     }
 
-    /// A key that has passed its longest life, unless too many were rotated in this hour or an
-    /// earlier rotation still waits for its barrier.
-    fn key_of_age(&mut self) -> Result<Option<String>> {
-        const EVERY: Duration = Duration::from_secs(10);
-        let waiting = self.barrier.as_mut().map_or(Ok(None), Barrier::waits_for)?;
-        if !self.background || waiting.is_some() {
-            return Ok(None);
-        }
-        if self.ages_read_at.is_some_and(|at| at.elapsed() < EVERY) {
-            return Ok(None);
-        }
-        let (due, recent) = work::rotations_due()?;
-        if due.is_empty() || recent >= guc::max_rotations_per_hour() {
-            self.ages_read_at = Some(Instant::now());
-            return Ok(None);
-        }
-        Ok(due.into_iter().next())
+    /// How many of the slots, in the order of their rotations, the wave under way is about: the most
+    /// that the passes of the tables name, so that every drainer goes on with the same ones. A later
+    /// rotation waits for the next wave, or rotations that come fast would end none. All, when no
+    /// wave is under way, or when it comes to no end for now.
+    fn under_way(&self, slots: &[SlotRow]) -> Result<usize> {
+        let named = work::waves()?;
+        let names = waves(slots).collect::<Vec<_>>();
+        let known = names.iter().rposition(|name| named.contains(name));
+        let over = |at: &usize| self.over.as_ref() == Some(&names[*at]);
+        Ok(known
+            .filter(|at| !over(at))
+            .map_or(slots.len(), |at| at + 1))
+    }
+
+    /// The wave comes to no end for now: later rotations join it.
+    fn let_join(&mut self, wave: &str) -> Step {
+        self.over = Some(wave.to_string());
+        Step::Worked(Worked {
+            what: "later rotations join".to_string(),
+            ..Worked::default()
+        })
     }
 
     /// Takes a table out of turn for a while after an error; the worker calls it when a step's
@@ -253,6 +292,17 @@ impl Drainer {
         Err(Unable::Refused("a worker died at it".to_string()))
     }
 
+    /// In the background a table that waits for vacuum is left alone: it rests, the others go on.
+    pub(super) fn refuse_bloated(&self, table: Oid) -> std::result::Result<(), Unable> {
+        if !self.background {
+            return Ok(());
+        }
+        match throttle::obstacle(table)? {
+            Some(why) => Err(Unable::Busy(why.to_string())),
+            None => Ok(()),
+        }
+    }
+
     /// One batch of a table; None when its pass is complete.
     fn visit(&mut self, leaf: &Leaf, wave: &str) -> std::result::Result<Option<Worked>, Unable> {
         self.current = Some(leaf.table);
@@ -276,6 +326,7 @@ impl Drainer {
                 ..Worked::default()
             }));
         }
+        self.refuse_bloated(leaf.table)?;
         let begin = Instant::now();
         let table = enter(leaf)?;
         let pass = self.pass(&table, wave)?;
@@ -342,7 +393,8 @@ impl Drainer {
         } else {
             self.resting.remove(&leaf.table);
         }
-        if !report.locked.is_empty() {
+        // Those of the quarantine have their next try there.
+        if !report.locked.is_empty() && due.is_empty() {
             let later = self.findings.entry(leaf.table).or_default();
             later.append(&mut report.locked);
             if left == 0 {
@@ -395,8 +447,12 @@ impl Drainer {
         troubles: &[registry::Trouble],
         slots: &[SlotRow],
         wave: &str,
+        later: bool,
     ) -> Result<Step> {
         let all = Oid::INVALID;
+        if later && !troubles.is_empty() {
+            return Ok(self.let_join(wave));
+        }
         if let Some(trouble) = troubles.first() {
             let why = format!("{}: {}", trouble.table, trouble.what);
             work::note(all, "", &why)?;
@@ -419,6 +475,9 @@ impl Drainer {
         if let Some(barrier) = &mut self.barrier
             && let Some(who) = barrier.waits_for()?
         {
+            if later && barrier.captured_at.elapsed() > LONG_BARRIER {
+                return Ok(self.let_join(wave));
+            }
             let why = format!("waits for {who}");
             work::note(all, "barrier", &why)?;
             return Ok(Step::Wait(Duration::from_millis(200), why));
@@ -430,6 +489,9 @@ impl Drainer {
             .filter(|slot| !quarantine.holds(slot.id))
             .cloned()
             .collect();
+        if free.is_empty() && later {
+            return Ok(self.let_join(wave));
+        }
         if free.is_empty() {
             let mut rows = 0;
             for leaf in leaves {
@@ -486,6 +548,9 @@ impl Drainer {
                     self.prove_again_at = Some(Instant::now() + Duration::from_secs(600));
                 }
                 work::note(all, "proof", &why)?;
+                if later {
+                    return Ok(self.let_join(wave));
+                }
                 format!("no proof: {why}")
             }
         };
@@ -561,13 +626,19 @@ pub(super) fn enter(leaf: &Leaf) -> std::result::Result<Table, Unable> {
     Ok(table)
 }
 
-/// Entries whose row is well again, or gone, leave the quarantine.
+/// Entries whose row is well again, or gone, leave the quarantine. So do those of other envelopes
+/// than the ones that fail in their place now: what is due must not stay so. A row that somebody
+/// has locked has not been tried: it may yet be the one that the entry is about.
 pub(super) fn retry_rows(leaf: &Leaf, table: &Table, due: &[Tid]) -> Result<Report> {
     let report = rewrite::rewrite(leaf, table, &Source::Places(due), None)?;
     for tid in due {
-        if !report.failed.iter().any(|failure| failure.tid == *tid) {
-            work::resolve(leaf.table, *tid)?;
+        if report.locked.contains(tid) {
+            work::try_later(leaf.table, *tid)?;
+            continue;
         }
+        let failure = report.failed.iter().find(|failure| failure.tid == *tid);
+        let heads = failure.map_or(&[][..], |failure| &failure.heads);
+        work::resolve(leaf.table, *tid, heads)?;
     }
     Ok(report)
 }
@@ -589,12 +660,33 @@ impl From<crate::error::Error> for Unable {
     }
 }
 
+/// Of two steps the one that has done something; else the wait for both. An idle step lets the
+/// worker go, and with it the memory of what a wait is for.
+pub(super) fn first_of(one: Step, other: Step) -> Step {
+    /// What is due but not done is looked at so often; longer than a CALL waits.
+    const SOON: Duration = Duration::from_secs(10);
+    let at = |seconds: i64| Duration::from_secs(seconds.unsigned_abs()).max(SOON);
+    match (one, other) {
+        (Step::Worked(worked), _) | (_, Step::Worked(worked)) => Step::Worked(worked),
+        (Step::Wait(time, why), Step::Wait(later, _)) if !time.is_zero() && time <= later => {
+            Step::Wait(time, why)
+        }
+        (Step::Wait(..), Step::Wait(time, why)) => Step::Wait(time, why),
+        (Step::Wait(time, why), Step::Idle(due)) | (Step::Idle(due), Step::Wait(time, why)) => {
+            Step::Wait(due.map_or(time, |due| time.min(at(due))), why)
+        }
+        (Step::Idle(one), Step::Idle(other)) => {
+            Step::Idle([one, other].into_iter().flatten().min())
+        }
+    }
+}
+
 /// Whether the leaf belongs to the table that was asked for.
 pub(super) fn covers(only: Oid, leaf: Oid) -> bool {
     only == leaf || crate::ffi::relation::leaves(only).contains(&leaf)
 }
 
-/// The slots that await a drain: compromised ones first, alone.
+/// The slots that await a drain, in the order of their rotations: compromised ones first, alone.
 fn targets() -> Result<Vec<SlotRow>> {
     let slots = stale::slots()?;
     let mut targets: Vec<SlotRow> = read::all_slots()?
@@ -605,18 +697,22 @@ fn targets() -> Result<Vec<SlotRow>> {
     if targets.iter().any(|slot| slot.compromised) {
         targets.retain(|slot| slot.compromised);
     }
-    targets.sort_by_key(|slot| slot.id.get());
+    targets.sort_by_key(|slot| (slot.superseded_at, slot.id.get()));
     Ok(targets)
 }
 
 /// Names the rotations that a pass and a proof serve.
 fn wave(slots: &[SlotRow]) -> String {
-    use std::hash::{DefaultHasher, Hash, Hasher};
+    waves(slots).last().unwrap_or_default()
+}
+
+/// The names of the first one, the first two and so on.
+fn waves(slots: &[SlotRow]) -> impl Iterator<Item = String> {
     let mut hasher = DefaultHasher::new();
-    for slot in slots {
+    slots.iter().map(move |slot| {
         (slot.id.get(), slot.superseded_at).hash(&mut hasher);
-    }
-    format!("{:016x}", hasher.finish())
+        format!("{:016x}", hasher.finish())
+    })
 }
 
 /// Marks the proved slots as drained: those that are what they were when the proof began, and whose

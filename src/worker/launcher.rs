@@ -52,6 +52,9 @@ pub extern "C-unwind" fn pg_rekey_launcher_main(_arg: pg_sys::Datum) {
     }
 }
 
+/// In microseconds.
+const HOUR: i64 = 3_600_000_000;
+
 /// Starts what is wanted and allowed; says when to look again. `waiting` are the databases to visit
 /// for which the board had no room: the end of a worker makes some.
 fn launch(running: &mut Vec<(u32, Started)>, waiting: &mut Vec<u32>) -> Option<Duration> {
@@ -75,7 +78,8 @@ fn launch(running: &mut Vec<(u32, Started)>, waiting: &mut Vec<u32>) -> Option<D
         let mut later = (entry.due > now).then_some(entry.due);
         if (entry.wanted || due) && !running.iter().any(|(db, _)| *db == entry.database) {
             let barred = shared::is_barred(entry.database);
-            let resting = entry.failures > 0 && entry.due > now;
+            // No back-off is longer than an hour: the clock was wrong when it was set.
+            let resting = entry.failures > 0 && entry.due > now && entry.due - now <= HOUR;
             if !barred && !resting && running.len() < guc::max_workers() {
                 if !may_visit(entry.database, allowed.as_deref()) {
                     shared::forget(entry.database);
@@ -259,7 +263,7 @@ const LONG_REST: Duration = Duration::from_secs(1);
 /// Rests after a batch: once for the work just done, and for as long as an alarm lasts.
 fn rest(worked: &Worked, mut facts: Facts, throttle: &mut throttle::Gauge) {
     loop {
-        let read = background::transaction(|| throttle.read(&mut facts, worked.table));
+        let read = background::transaction(|| throttle.read(&mut facts));
         let Some((time, brake)) = read
             .ok()
             .and_then(|()| schedule::rest(&facts, &throttle::limits()))

@@ -3,10 +3,12 @@
 //! `drain` says what comes next and does one step per transaction; the background worker and
 //! CALL rekey.reencrypt() both go through it. `rewrite` re-encrypts rows of one table and has
 //! `refresh` make their stale fingerprints again, `barrier` waits for those that still seal under
-//! an old slot, `proof` scans, `afterwards` ends slots; `backfill` fills live columns. What must
-//! survive a crash is in the catalog (catalog::work) and changes in the transaction of the work itself.
+//! an old slot, `proof` scans, `afterwards` ends slots; `backfill` fills live columns, `ages` rotates
+//! by max_age. What must survive a crash is in the catalog (catalog::work) and changes in the
+//! transaction of the work itself.
 
 pub mod afterwards;
+mod ages;
 pub mod backfill;
 pub mod barrier;
 pub mod drain;

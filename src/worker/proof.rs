@@ -4,7 +4,8 @@
 //! files are recorded first, then the snapshot is taken, and files and columns are looked at again
 //! with every chunk: TRUNCATE and rewrites are not MVCC-safe, so that a scan across one would prove
 //! nothing. Between chunks no lock is held. Invariant: `Clean` means that the snapshot sees no
-//! envelope or fingerprint of the slots in any registered column, but for dismissed envelopes.
+//! envelope or fingerprint of the slots, or of none of ours, in any registered column, but for
+//! dismissed envelopes.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -22,7 +23,7 @@ use crate::ffi::sql;
 use crate::ffi::table::{self, Snapshot, Table, Tid};
 use crate::ffi::{background, locks, session, shared};
 use crate::registry::{self, Leaf, LeafColumn};
-use crate::stale::{BySlot, Holds};
+use crate::stale::{self, BySlot, Holds, Standing};
 use crate::{failpoint, guc};
 
 /// Blocks between two looks at the record: 4 MiB, so that an ALTER TABLE waits some milliseconds.
@@ -240,6 +241,7 @@ impl Scan<'_> {
         let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
         let kinds: Vec<Holds> = leaf.columns.iter().map(LeafColumn::holds).collect();
         let dismissed = work::heads(leaf.table, true)?;
+        let slots = stale::slots()?;
         let name = table::name(leaf.table)?;
         let mut record: Option<Record> = None;
         let mut next = 0;
@@ -269,8 +271,12 @@ impl Scan<'_> {
                     let Some(datum) = *value else { continue };
                     // Of the other kind it is no less in need of its slot.
                     let found = kind.found(datum);
-                    let wanted = found.filter(|(_, slot)| self.wanted.contains_key(slot));
-                    if let Some((is, slot)) = wanted
+                    // One that names no slot of ours may have been altered: it may be any.
+                    let counts = |(is, slot): &(Holds, SlotId)| {
+                        self.wanted.contains_key(slot)
+                            || *is == *kind && slots.standing(*slot) == Standing::Unknown
+                    };
+                    if let Some((is, slot)) = found.filter(counts)
                         && !rewrite::excused(&dismissed, is, datum)
                     {
                         hits.push((tid, slot));

@@ -1,12 +1,12 @@
 //! What the server's state says to the worker's pace: lag, archiving, slots, dead rows, disk.
 //!
-//! Called by the worker between batches, at most once a second. Judged by the pure
-//! rekey_core::schedule.
+//! Called by the worker between batches, at most once a second, and before each batch about its table.
+//! Judged by the pure rekey_core::schedule.
 
 use std::time::{Duration, Instant};
 
 use pgrx::pg_sys::Oid;
-use rekey_core::schedule::{Facts, Limits};
+use rekey_core::schedule::{self, Brake, Facts, Limits};
 
 use crate::error::Result;
 use crate::ffi::session;
@@ -22,10 +22,10 @@ pub struct Gauge {
 
 impl Gauge {
     /// Fills in what the server's state is, not older than a second.
-    pub fn read(&mut self, facts: &mut Facts, table: Option<Oid>) -> Result<()> {
+    pub fn read(&mut self, facts: &mut Facts) -> Result<()> {
         let fresh = Duration::from_secs(1);
         if self.read_at.is_none_or(|at| at.elapsed() >= fresh) {
-            self.last = read(table)?;
+            self.last = read()?;
             self.read_at = Some(Instant::now());
         }
         *facts = Facts {
@@ -49,7 +49,35 @@ pub fn limits() -> Limits {
     }
 }
 
-fn read(table: Option<Oid>) -> Result<Facts> {
+/// Why a table is to be left alone before its next batch: it waits for vacuum, perhaps for as long as
+/// an old snapshot lasts. That holds up no other table.
+pub fn obstacle(table: Oid) -> Result<Option<&'static str>> {
+    let facts = Facts {
+        dead_ratio: dead_ratio(table)?,
+        ..Facts::default()
+    };
+    let brake = schedule::rest(&facts, &limits()).map(|(_, brake)| brake);
+    Ok(brake.map(Brake::words))
+}
+
+/// The share of dead rows of a table. Few of them are nothing to wait for, nor is a vacuum that does
+/// not come.
+fn dead_ratio(table: Oid) -> Result<f64> {
+    let dead = bigint(
+        "SELECT (1000000 * d.dead::numeric / greatest(1, d.live + d.dead))::bigint \
+           FROM (SELECT pg_catalog.pg_stat_get_dead_tuples($1) AS dead, \
+                        pg_catalog.pg_stat_get_live_tuples($1) AS live) AS d, \
+                pg_catalog.pg_class c \
+          WHERE c.oid = $1 AND d.dead > 100000 \
+            AND pg_catalog.current_setting('autovacuum') = 'on' \
+            AND NOT coalesce(c.reloptions::text LIKE '%autovacuum_enabled=false%', false)",
+        &[Arg::Oid(table)],
+    )?;
+    let parts = u32::try_from(dead.unwrap_or(0).clamp(0, 1_000_000)).unwrap_or(0);
+    Ok(f64::from(parts) / 1e6)
+}
+
+fn read() -> Result<Facts> {
     let standbys = guc::lag_standbys().map(|names| {
         let quoted = names.iter().map(|n| format!("\"{}\"", n.replace('"', "")));
         format!("{{{}}}", quoted.collect::<Vec<_>>().join(","))
@@ -72,24 +100,8 @@ fn read(table: Option<Oid>) -> Result<Facts> {
         "SELECT count(*) FROM pg_catalog.pg_replication_slots WHERE wal_status = 'unreserved'",
         &[],
     )?;
-    let dead = match table {
-        None => None,
-        Some(table) => bigint(
-            // Few dead rows are nothing to wait for, nor is a vacuum that does not come.
-            "SELECT (1000000 * d.dead::numeric / greatest(1, d.live + d.dead))::bigint \
-               FROM (SELECT pg_catalog.pg_stat_get_dead_tuples($1) AS dead, \
-                            pg_catalog.pg_stat_get_live_tuples($1) AS live) AS d, \
-                    pg_catalog.pg_class c \
-              WHERE c.oid = $1 AND d.dead > 100000 \
-                AND pg_catalog.current_setting('autovacuum') = 'on' \
-                AND NOT coalesce(c.reloptions::text LIKE '%autovacuum_enabled=false%', false)",
-            &[Arg::Oid(table)],
-        )?,
-    };
-    let parts = u32::try_from(dead.unwrap_or(0).clamp(0, 1_000_000)).unwrap_or(0);
     Ok(Facts {
         lag_ms: u64::try_from(lag_ms.unwrap_or(0)).unwrap_or(0),
-        dead_ratio: f64::from(parts) / 1e6,
         free_disk_mb: session::free_disk_mb(),
         archiver_fails: archiver.unwrap_or(0) > 0,
         slot_loses_wal: losing.unwrap_or(0) > 0,

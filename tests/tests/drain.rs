@@ -395,6 +395,69 @@ fn forty_keys_rotated_at_once_cost_one_pass_and_one_scan() {
 }
 
 #[test]
+fn a_rotation_during_a_pass_waits_for_the_next_one_and_holds_up_no_drain() {
+    let database = database("waves");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE many (c bytea, pad text DEFAULT repeat('x', 1000));
+         INSERT INTO many SELECT encrypt_col('v' || i, 'pii') FROM generate_series(1, 2000) AS i;
+         SELECT rekey.register_column('many', 'c');
+         SELECT rekey.create_key('k' || i, grace => '0') FROM generate_series(1, 200) AS i;
+         SELECT rotate_key('pii')",
+    );
+    // Each step of another session is followed by a rotation; it stands for a worker that is started
+    // anew again and again.
+    let drained = "SELECT count(*) FROM rekey.slots WHERE state = 'drained' AND key_name = 'pii'";
+    let mut steps = 0;
+    while client.number(drained) == 0 {
+        steps += 1;
+        assert!(steps <= 200, "no slot is drained in {steps} steps");
+        let mut stepping = database.connect();
+        stepping.run("SELECT rekey.reencrypt_step(NULL, true)");
+        client.run(&format!("SELECT rotate_key('k{steps}')"));
+    }
+    assert!(steps > 20, "{steps} steps were no long pass");
+    reencrypt(&mut client);
+    assert_eq!(
+        client.number("SELECT count(*) FROM rekey.slots WHERE state = 'previous'"),
+        0
+    );
+    let stale = "SELECT count(*) FROM many WHERE rekey.is_stale(c)";
+    assert_eq!((client.number(stale), client.number(WRONG)), (0, 0));
+}
+
+#[test]
+fn a_rotation_does_not_wait_for_a_wave_that_comes_to_no_end() {
+    let database = database("endless");
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.create_key('other', grace => '0');
+         CREATE TABLE u (c bytea); INSERT INTO u SELECT encrypt_col('x', 'other');
+         SELECT rekey.register_column('u', 'c');
+         SELECT rotate_key('pii'); SELECT rekey.pause('t')",
+    );
+    reencrypt(&mut client);
+    client.run("SELECT rotate_key('other')");
+    reencrypt(&mut client);
+    let stale = "SELECT count(*) FROM u WHERE rekey.is_stale(c)";
+    assert_eq!(client.number(stale), 0, "another table is paused");
+    client.run(
+        "SELECT rekey.resume('t');
+         UPDATE t SET c = set_byte(c, 40, get_byte(c, 40) # 1) WHERE id = 7",
+    );
+    reencrypt(&mut client);
+    let of = "SELECT state FROM rekey.slots WHERE key_name = 'other' ORDER BY version";
+    assert_eq!(client.column(of), ["drained", "active"]);
+    client.run("SELECT rotate_key('other')");
+    reencrypt(&mut client);
+    assert_eq!(
+        client.column(of),
+        ["drained", "drained", "active"],
+        "a row is under quarantine"
+    );
+}
+
+#[test]
 fn toasted_values_are_re_encrypted() {
     let database = database("toasted");
     let mut client = database.connect();

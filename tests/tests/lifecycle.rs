@@ -425,6 +425,17 @@ fn policy_changes_what_it_is_told_to_change() {
     }
     client.refuse("SELECT rekey.create_key('x', grace => '-1 day')", "22023");
     client.refuse("SELECT rekey.create_key('x', max_age => '-1 day')", "22023");
+    // What would lead out of all timestamps, also where it does so on the way only.
+    for wrong in [
+        "grace => '1001 years'",
+        "max_age => '300000 years'",
+        "max_age => '-1000000 years 360000001 days'",
+    ] {
+        client
+            .refuse(&format!("SELECT rekey.set_policy('pii', {wrong})"), "22023")
+            .hints("'0' is never");
+        client.refuse(&format!("SELECT rekey.create_key('x', {wrong})"), "22023");
+    }
     assert_eq!(
         policy(&mut client),
         "5 days|90 days|destroy|t|security team"

@@ -104,6 +104,83 @@ fn a_row_under_quarantine_holds_up_the_proof_of_its_own_slot_only() {
     );
     client.run("CALL rekey.reencrypt()");
     assert_eq!(client.column(other), ["drained", "previous", "active"]);
+    // It still is that row when another column of it has changed, and when somebody has it locked.
+    client.run("UPDATE u SET id = 101 WHERE id = 1; SELECT rekey.retry_quarantine()");
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(client.column(other), ["drained", "previous", "active"]);
+    assert_eq!(errors(&mut client), ["t 39000", "u 42704"]);
+    let mut holder = database.connect();
+    holder.run("BEGIN; SELECT FROM u WHERE id = 101 FOR UPDATE");
+    client.run("SELECT rekey.retry_quarantine()");
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(errors(&mut client), ["t 39000", "u 42704"]);
+    assert!(client.truth("SELECT bool_and(next_try > now()) FROM rekey.errors"));
+    assert_eq!(client.column(other), ["drained", "previous", "active"]);
+}
+
+#[test]
+fn a_row_under_quarantine_whose_place_is_cut_off_the_table_leaves_it() {
+    let database = database("cutoff");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE k (id int, c bytea);
+         INSERT INTO k SELECT 1, encrypt_col('x', 'pii', 'wrong');
+         SELECT rekey.register_column('k', 'c', 'rekey.context(''k'', id::text)');
+         SELECT rotate_key('pii')",
+    );
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(errors(&mut client), ["k 39000"]);
+    client.run("DELETE FROM k");
+    wait_until("vacuum has cut off the file", || {
+        client.run("VACUUM k");
+        client.number("SELECT pg_relation_size('k')") == 0
+    });
+    client.run("SET statement_timeout = '30s'; SELECT rekey.retry_quarantine()");
+    client.run("CALL rekey.reencrypt()");
+    assert!(errors(&mut client).is_empty());
+    assert_eq!(states(&mut client), ["drained", "active"]);
+}
+
+#[test]
+fn a_row_that_fails_by_other_envelopes_than_before_has_one_entry_and_holds_up_no_call() {
+    let database = database("others");
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.create_key('other', grace => '0');
+         CREATE TABLE k (id int, a bytea, b bytea);
+         INSERT INTO k SELECT 1, encrypt_col('x', 'pii', 'wrong'), encrypt_col('x', 'other', 'wrong');
+         SELECT rekey.register_column('k', c, 'rekey.context(''k'', id::text)')
+           FROM unnest('{a,b}'::name[]) AS c;
+         SELECT rotate_key('pii'); SET statement_timeout = '30s'",
+    );
+    client.run("CALL rekey.reencrypt()");
+    let concerned = "SELECT octet_length(heads) / 34 FROM rekey.quarantine";
+    assert_eq!(client.column(concerned), ["1"]);
+    for (rotate, envelopes) in [
+        ("rotate_key('other')", "2"),
+        ("rekey.rollback_rotation('other')", "1"),
+    ] {
+        client.run(&format!("SELECT {rotate}; SELECT rekey.retry_quarantine()"));
+        client.run("CALL rekey.reencrypt()");
+        assert_eq!(client.column(concerned), [envelopes], "{rotate}");
+    }
+    client.run("DELETE FROM k; SELECT rekey.retry_quarantine()");
+    client.run("CALL rekey.reencrypt()");
+    let awaiting = "SELECT count(*) FROM rekey.slots WHERE state = 'previous'";
+    assert_eq!(client.number(awaiting), 0);
+}
+
+#[test]
+fn a_row_may_fail_for_months() {
+    let database = database("months");
+    let mut client = database.connect();
+    client.run("UPDATE t SET c = set_byte(c, 40, get_byte(c, 40) # 1) WHERE id = 7");
+    client.run("SELECT rotate_key('pii')");
+    client.run("CALL rekey.reencrypt()");
+    client.run("UPDATE rekey.quarantine SET tries = 1000000; SELECT rekey.retry_quarantine()");
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(client.number("SELECT tries FROM rekey.errors"), 1_000_001);
+    assert!(client.truth("SELECT next_try > now() + interval '23 hours' FROM rekey.errors"));
 }
 
 #[test]
@@ -375,6 +452,77 @@ fn code_that_swallows_every_cancel_delays_no_other_table() {
     wait_until("the table is tried again", || {
         states(&mut client) == ["drained", "active"]
     });
+}
+
+#[test]
+fn a_call_leaves_a_table_whose_context_does_not_plan_and_says_so_at_the_end() {
+    let database = database("plans");
+    let mut client = database.connect();
+    client.run(
+        "CREATE FUNCTION bound(id int) RETURNS text IMMUTABLE LANGUAGE sql AS 'SELECT id::text';
+         CREATE TABLE a (id int, c bytea); CREATE TABLE z (id int, c bytea);
+         INSERT INTO a SELECT i, encrypt_col('x', 'pii', i::text) FROM generate_series(1, 3) AS i;
+         INSERT INTO z SELECT * FROM a;
+         SELECT rekey.register_column(t, 'c', 'public.bound(id)') FROM unnest('{a,z}'::regclass[]) AS t;
+         DROP FUNCTION bound;
+         SELECT rotate_key('pii')",
+    );
+    client.fail("CALL rekey.reencrypt()", "42883");
+    assert_eq!(stale(&mut client, "t"), 0, "another table is done");
+    assert_eq!(stale(&mut client, "a"), 3);
+    client.run(
+        "CREATE FUNCTION bound(id int) RETURNS text IMMUTABLE LANGUAGE sql AS 'SELECT id::text'",
+    );
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(states(&mut client), ["drained", "active"]);
+}
+
+/// A retry of a row under quarantine runs `body` of the table's owner, when no slot awaits a proof.
+fn a_retry_that_runs(name: &str, body: &str) {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("rekey.work_ratio = 1")
+            .set(&format!("rekey.databases = '{name}'")),
+    );
+    let mut client = cluster.database(name).connect();
+    client.run(
+        "SELECT rekey.create_key('pii', grace => '0'), rekey.create_key('live', grace => '0');
+         CREATE FUNCTION bound(id int) RETURNS text IMMUTABLE LANGUAGE plpgsql AS
+             'BEGIN RETURN id; END';
+         CREATE TABLE forged (id int, c bytea);
+         INSERT INTO forged SELECT 1,
+             overlay(encrypt_col('x', 'pii', '1') PLACING '\\x1234567812345678' FROM 3 FOR 8);
+         SELECT rekey.register_column('forged', 'c', 'public.bound(id)');
+         CREATE TABLE t (id int PRIMARY KEY, plain text);
+         INSERT INTO t SELECT i, 'v' || i FROM generate_series(1, 100) AS i;
+         SELECT rotate_key('pii')",
+    );
+    wait_until("the row is set aside", || {
+        errors(&mut client) == ["forged 42704"]
+    });
+    client.run("SELECT rekey.shred_key('pii', 'test')");
+    client.run(&format!(
+        "CREATE OR REPLACE FUNCTION bound(id int) RETURNS text IMMUTABLE LANGUAGE plpgsql AS $${body}$$;
+         SELECT rekey.retry_quarantine()"
+    ));
+    client.run("SELECT rekey.encrypt_column('t', 'plain', 'sealed', 'live')");
+    wait_until("another table's live column is filled", || {
+        client.number("SELECT count(*) FROM t WHERE sealed IS NULL") == 0
+    });
+    assert_eq!(errors(&mut client), ["forged 42704"]);
+}
+
+#[test]
+fn a_retry_that_blames_the_server_delays_no_other_table() {
+    let body = "BEGIN RAISE 'no disk' USING errcode = '58030'; END";
+    a_retry_that_runs("blames", body);
+}
+
+#[test]
+fn a_retry_that_swallows_every_cancel_delays_no_other_table() {
+    let body = "BEGIN LOOP BEGIN LOOP END LOOP;
+                EXCEPTION WHEN query_canceled THEN NULL; END; END LOOP; END";
+    a_retry_that_runs("swallows", body);
 }
 
 #[test]

@@ -154,6 +154,43 @@ fn a_table_that_waits_for_vacuum() {
 }
 
 #[test]
+fn a_table_that_waits_for_vacuum_holds_up_no_other_table_and_no_rotation_by_age() {
+    let cluster = Cluster::start(options());
+    let mut client = prepare(&cluster);
+    client.run(
+        "CREATE TABLE u (id int PRIMARY KEY, c bytea);
+         INSERT INTO u SELECT i, encrypt_col('v' || i, 'pii') FROM generate_series(1, 1000) AS i;
+         SELECT rekey.register_column('u', 'c');
+         INSERT INTO t (id) SELECT i FROM generate_series(2000, 102100) AS i;
+         DELETE FROM t WHERE id >= 2000",
+    );
+    wait_until("the dead rows are counted", || {
+        client.number("SELECT pg_stat_get_dead_tuples('t'::regclass)") > 100_000
+    });
+    client.run("SELECT rotate_key('pii')");
+    wait_until("it rests", || {
+        client
+            .text("SELECT coalesce(min(waits_for), '') FROM rekey.progress WHERE table_name = 't'::regclass")
+            .contains("rekey.max_dead_ratio")
+    });
+    wait_until("the other table is done", || {
+        client.number("SELECT count(*) FROM u WHERE rekey.is_stale(c)") == 0
+    });
+    client.run("SELECT rekey.create_key('aged', max_age => '1 second')");
+    wait_until("another key is rotated by age", || {
+        client.number("SELECT count(*) FROM rekey.audit WHERE detail LIKE 'max_age%'") > 0
+    });
+    client.run("SELECT rekey.set_policy('aged', max_age => '0')");
+    assert_eq!(
+        client.number("SELECT count(*) FROM t WHERE rekey.is_stale(c)"),
+        1000,
+        "nothing is added to its dead rows"
+    );
+    client.run("VACUUM t");
+    goes_on(&mut client);
+}
+
+#[test]
 fn a_standby_that_lags_if_it_is_one_that_counts() {
     let cluster = Cluster::start(options().set("rekey.max_replication_lag = '1s'"));
     let mut client = prepare(&cluster);

@@ -397,3 +397,203 @@ fn a_key_that_has_passed_its_longest_life_is_rotated() {
         100
     );
 }
+
+/// Rotations of a key by age.
+fn by_age(client: &mut Client, key: &str) -> i64 {
+    client.number(&format!(
+        "SELECT count(*) FROM rekey.audit WHERE action = 'rotate_key' AND key_name = '{key}' \
+            AND detail LIKE 'max_age%'"
+    ))
+}
+
+/// A cluster whose worker is off until `switch_on`.
+fn without_worker() -> Cluster {
+    Cluster::start(
+        Options::preloaded()
+            .set("rekey.work_ratio = 1")
+            .set("rekey.worker = off"),
+    )
+}
+
+fn switch(cluster: &Cluster, client: &mut Client, on: &str) {
+    client.run(&format!("ALTER SYSTEM SET rekey.worker = {on}"));
+    cluster.reload(client);
+}
+
+/// Moves the beginning of the active slots' lives as time would.
+fn age(client: &mut Client, by: &str) {
+    client.run(&format!(
+        "SET session_replication_role = replica;
+         UPDATE rekey.key_slot SET activated_at = activated_at - interval '{by}'
+          WHERE state = 'active';
+         RESET session_replication_role"
+    ));
+}
+
+#[test]
+fn a_key_past_its_age_that_another_session_holds_holds_up_no_other_key() {
+    let cluster = without_worker();
+    let database = cluster.database("held");
+    let mut client = prepare(&database);
+    client.run(
+        "SELECT rekey.set_policy('pii', max_age => '1 day'); SELECT rekey.create_key('other');
+         CREATE TABLE u (c bytea); INSERT INTO u SELECT encrypt_col('x', 'other');
+         SELECT rekey.register_column('u', 'c')",
+    );
+    age(&mut client, "2 days");
+    let mut holder = database.connect();
+    holder.run("BEGIN; SELECT rekey.set_policy('pii', custodian => 'somebody')");
+    client.run("SELECT rotate_key('other')");
+    switch(&cluster, &mut client, "on");
+    wait_until("the other key's slot is drained", || {
+        drained(&mut client) == 1
+    });
+    assert_eq!(by_age(&mut client, "pii"), 0);
+    holder.run("COMMIT");
+    wait_until("the key is rotated", || by_age(&mut client, "pii") == 1);
+    wait_until("and drained", || drained(&mut client) == 2);
+}
+
+#[test]
+fn a_key_whose_rotation_by_age_fails_holds_up_no_other_key() {
+    let cluster = without_worker();
+    let mut client = prepare(&cluster.database("fails"));
+    client.run(
+        "SELECT rekey.create_key('bad', max_age => '1 day'); SELECT rekey.prepare_key('bad');
+         SET session_replication_role = replica;
+         UPDATE rekey.slot_wrap SET wrapped_key = set_byte(wrapped_key, 40, \
+             get_byte(wrapped_key, 40) # 1) FROM rekey.key_slot s \
+          WHERE s.slot_id = slot_wrap.slot_id AND s.state = 'pending';
+         RESET session_replication_role",
+    );
+    age(&mut client, "3 days");
+    client.run("SELECT rekey.create_key('good', max_age => '1 day')");
+    age(&mut client, "2 days");
+    client.run("SELECT rotate_key('pii')");
+    switch(&cluster, &mut client, "on");
+    wait_until("another key is drained", || drained(&mut client) > 0);
+    wait_until("another key is rotated", || {
+        by_age(&mut client, "good") == 1
+    });
+    assert_eq!(by_age(&mut client, "bad"), 0);
+    assert!(
+        cluster
+            .log()
+            .contains("a rotation by age failed with SQLSTATE F0000")
+    );
+}
+
+#[test]
+fn a_key_is_not_rotated_by_age_while_its_last_rotation_waits_for_its_barrier() {
+    let cluster = cluster();
+    let database = cluster.database("waits");
+    let (mut client, mut old) = (prepare(&database), database.connect());
+    old.run("BEGIN; INSERT INTO t SELECT 101, encrypt_col('v101', 'pii')");
+    client.run("SELECT rekey.set_policy('pii', max_age => '1 second')");
+    wait_until("it is rotated by age", || by_age(&mut client, "pii") == 1);
+    // What a worker has kept in mind goes with it.
+    switch(&cluster, &mut client, "off");
+    wait_until("no worker is left", || workers(&mut client) == 0);
+    // Younger than the key, and past its age behind it: it is looked at after the key.
+    client.run("SELECT rekey.create_key('other', max_age => '2 seconds')");
+    switch(&cluster, &mut client, "on");
+    wait_until("another key is rotated by age", || {
+        by_age(&mut client, "other") == 1
+    });
+    assert_eq!(by_age(&mut client, "pii"), 1);
+    old.run("COMMIT");
+    wait_until("it is rotated again", || by_age(&mut client, "pii") > 1);
+}
+
+#[test]
+fn a_key_that_is_never_drained_keeps_its_longest_life() {
+    let cluster = cluster();
+    let mut client = cluster.database("bare").connect();
+    // Nothing is registered.
+    client.run("SELECT rekey.create_key('bare', max_age => '1 second')");
+    wait_until("it is rotated again and again", || {
+        by_age(&mut client, "bare") > 2
+    });
+    assert_eq!(drained(&mut client), 0);
+}
+
+#[test]
+fn keys_of_one_age_are_rotated_up_to_5_percent_earlier_each_at_its_time() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("rekey.worker = off")
+            .set("rekey.max_rotations_per_hour = 1000"),
+    );
+    let mut client = cluster.database("jitter").connect();
+    client.run(
+        "SELECT rekey.create_key('k' || i, max_age => '1000 days') FROM generate_series(1, 60) AS i;
+         CREATE TABLE first AS SELECT slot_id FROM rekey.slots",
+    );
+    age(&mut client, "975 days");
+    switch(&cluster, &mut client, "on");
+    // Half of the 5 % is over.
+    let due = client.number("SELECT count(*) FROM first WHERE slot_id % 1000 >= 500");
+    assert!((1..60).contains(&due), "{due} of 60");
+    let rotated = "SELECT count(*) FROM rekey.audit WHERE detail LIKE 'max_age%'";
+    wait_until("those whose time has come are rotated", || {
+        client.number(rotated) == due
+    });
+    wait_until("the worker has ended", || workers(&mut client) == 0);
+    assert_eq!(
+        client.column(
+            "SELECT slot_id::text FROM rekey.slots JOIN first USING (slot_id) \
+              WHERE state = 'active' ORDER BY 1"
+        ),
+        client.column("SELECT slot_id::text FROM first WHERE slot_id % 1000 < 500 ORDER BY 1")
+    );
+}
+
+#[test]
+fn no_more_keys_are_rotated_by_age_in_an_hour_than_allowed_and_no_worker_comes_back_for_them() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("rekey.worker = off")
+            .set("autovacuum = off")
+            .set("rekey.max_rotations_per_hour = 1"),
+    );
+    let mut client = cluster.database("hourly").connect();
+    client.run(
+        "SELECT rekey.create_key('k' || i, max_age => '1 day') FROM generate_series(1, 3) AS i",
+    );
+    age(&mut client, "2 days");
+    switch(&cluster, &mut client, "on");
+    let rotated = "SELECT count(*) FROM rekey.audit WHERE detail LIKE 'max_age%'";
+    wait_until("one key is rotated", || client.number(rotated) == 1);
+    wait_until("the worker has ended", || workers(&mut client) == 0);
+    drop(client);
+    let mut watcher = cluster.connect("postgres");
+    wait_until("the client's session has left its counts", || {
+        watcher.number("SELECT count(*) FROM pg_stat_activity WHERE datname = 'hourly'") == 0
+    });
+    let reading = "SELECT sum(xact_commit) FROM pg_stat_database WHERE datname = 'hourly'";
+    let before = watcher.number(reading);
+    // The span that is measured, not a synchronisation: a worker came back every 5 s.
+    watcher.run("SELECT pg_sleep(8)");
+    assert_eq!(watcher.number(reading), before);
+    assert_eq!(cluster.connect("hourly").number(rotated), 1);
+}
+
+#[test]
+fn a_key_of_the_longest_max_age_and_grace_holds_up_nothing() {
+    let cluster = cluster();
+    let mut client = prepare(&cluster.database("longest"));
+    client.run(
+        "SELECT rekey.create_key('k', grace => '1000 years', max_age => '1000 years');
+         SELECT rekey.set_policy('k', after_drain => 'destroy'); SELECT rotate_key('k');
+         SELECT rotate_key('pii')",
+    );
+    wait_until("both keys are drained", || drained(&mut client) == 2);
+    assert!(client.truth(
+        "SELECT next_rotation > now() + interval '999 years' FROM rekey.keys WHERE key_name = 'k'"
+    ));
+    assert!(client.truth(
+        "SELECT grace_until > now() + interval '999 years' FROM rekey.slots \
+          WHERE key_name = 'k' AND state = 'drained'"
+    ));
+    wait_until("the worker has ended", || workers(&mut client) == 0);
+}

@@ -384,47 +384,97 @@ fn the_remedy_for_the_preload_keeps_what_is_preloaded() {
     assert_eq!(list.replace(' ', ""), "auto_explain,pg_rekey");
 }
 
+/// The tables of the catalog that pg_dump carries.
+const CARRIED_BY_DUMPS: &[&str] = &[
+    "key",
+    "key_slot",
+    "slot_wrap",
+    "root_key",
+    "key_grant",
+    "registered_column",
+    "live_column",
+    "audit_log",
+];
+
+/// What pg_dump -a --disable-triggers writes about the catalog and about these tables.
+fn as_a_restore_leaves_them(client: &mut Client, tables: &[&str]) {
+    let carried = client.column(
+        "SELECT unnest(extconfig)::regclass::text FROM pg_extension WHERE extname = 'pg_rekey'",
+    );
+    let of_catalog = CARRIED_BY_DUMPS.iter().map(|name| format!("rekey.{name}"));
+    let known: BTreeSet<String> = of_catalog.clone().collect();
+    let carried: BTreeSet<String> = carried
+        .into_iter()
+        .filter(|name| name != "rekey.audit_id")
+        .collect();
+    assert_eq!(carried, known);
+    for table in of_catalog.chain(tables.iter().map(|name| (*name).to_owned())) {
+        client.run(&format!(
+            "ALTER TABLE {table} DISABLE TRIGGER ALL; ALTER TABLE {table} ENABLE TRIGGER ALL"
+        ));
+    }
+}
+
+#[test]
+fn the_one_statement_of_the_readme_mends_every_trigger_that_a_restore_has_degraded() {
+    let database = database("readme_triggers");
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.enable_touch('t');
+         CREATE TABLE l (id int PRIMARY KEY, email text);
+         SELECT rekey.encrypt_column('l', 'email', 'sealed', 'pii')",
+    );
+    let ours =
+        "SELECT tgrelid::regclass || ' ' || concat_ws(' ', tgname, tgenabled) FROM pg_trigger
+                 WHERE NOT tgisinternal ORDER BY 1";
+    let made = client.column(ours);
+    as_a_restore_leaves_them(&mut client, &["t", "l"]);
+    assert_ne!(client.column(ours), made);
+    let readme = read("README.md");
+    let block = readme
+        .split("```sql\n")
+        .filter_map(|rest| rest.split("```").next())
+        .find(|block| block.contains("\\gexec"))
+        .expect("the statement in README.md");
+    let file = cluster().dir().join("mend.sql");
+    cluster().write_file(&file, block.as_bytes(), 0o644);
+    let file = file.display().to_string();
+    let psql = ["-X", "-v", "ON_ERROR_STOP=1", "-d", "readme_triggers", "-f"];
+    cluster().tool("psql", &[&psql[..], &[&file]].concat());
+    assert_eq!(client.column(ours), made);
+    let again = cluster().tool("psql", &[&psql[..], &[&file]].concat());
+    assert_eq!(again, "", "it prints nothing more");
+}
+
 #[test]
 fn triggers_as_a_restore_leaves_them_and_triggers_that_are_gone() {
     let mut client = database("triggers").connect();
     client.run("SELECT rekey.enable_touch('t')");
     gone(&mut client, "trigger zzz_rekey_touch on public.t", "");
-    // What pg_dump -a --disable-triggers writes.
-    for table in [
-        "rekey.key",
-        "rekey.key_slot",
-        "rekey.slot_wrap",
-        "rekey.key_grant",
-        "rekey.registered_column",
-        "t",
-    ] {
-        client.run(&format!("ALTER TABLE {table} DISABLE TRIGGER ALL"));
-        client.run(&format!("ALTER TABLE {table} ENABLE TRIGGER ALL"));
-    }
+    as_a_restore_leaves_them(&mut client, &["t"]);
     client.run("ALTER EVENT TRIGGER pg_rekey_guard_drop ENABLE");
     client.run("ALTER TABLE rekey.audit_log DISABLE TRIGGER refuse_direct_change");
+    for relation in ["key", "key_slot", "slot_wrap", "key_grant"] {
+        let object = format!("triggers of rekey.{relation}");
+        let words = "announce_change, announce_truncate is enabled as ORIGIN, not ALWAYS";
+        mended(&mut client, "warning", &object, words);
+    }
+    for relation in ["registered_column", "live_column"] {
+        let object = format!("triggers of rekey.{relation}");
+        let words = "stamp_registration is enabled as ORIGIN, not ALWAYS";
+        mended(&mut client, "warning", &object, words);
+    }
+    for relation in CARRIED_BY_DUMPS {
+        let object = format!("triggers of rekey.{relation}");
+        let made = if *relation == "audit_log" {
+            "ALWAYS"
+        } else {
+            "REPLICA"
+        };
+        let words = format!("yield_to_local is enabled as ORIGIN, not {made}");
+        mended(&mut client, "warning", &object, &words);
+    }
     for (severity, object, words) in [
-        ("warning", "triggers of rekey.key", "is enabled as ORIGIN"),
-        (
-            "warning",
-            "triggers of rekey.key_slot",
-            "announce_change, announce_truncate is",
-        ),
-        (
-            "warning",
-            "triggers of rekey.slot_wrap",
-            "is enabled as ORIGIN",
-        ),
-        (
-            "warning",
-            "triggers of rekey.key_grant",
-            "is enabled as ORIGIN",
-        ),
-        (
-            "warning",
-            "triggers of rekey.registered_column",
-            "stamp_registration is",
-        ),
         ("error", "triggers of rekey.audit_log", "is disabled"),
         (
             "warning",
@@ -446,6 +496,13 @@ fn triggers_as_a_restore_leaves_them_and_triggers_that_are_gone() {
         "triggers of rekey.key",
         "as ALWAYS, not ORIGIN",
     );
+    for relation in ["progress_state", "backfill_state", "pause", "quarantine"] {
+        let object = format!("triggers of rekey.{relation}");
+        client.run(&format!(
+            "ALTER TABLE rekey.{relation} DISABLE TRIGGER yield_to_local"
+        ));
+        mended(&mut client, "error", &object, "yield_to_local is disabled");
+    }
     client.run("ALTER EVENT TRIGGER pg_rekey_follow_renames DISABLE");
     mended(
         &mut client,

@@ -306,7 +306,7 @@ SELECT 'pg_rekey_barrier_age_seconds', '{}',
 UNION ALL
 SELECT 'pg_rekey_quarantined_rows', '{}',
        count(*) + (SELECT coalesce(sum(p.rows_unlisted), 0) FROM rekey.progress_state p),
-       'Rows that could not be re-encrypted: they block the proof'
+       'Rows that could not be re-encrypted: the slots that they name cannot be proved unused'
   FROM rekey.quarantine WHERE dismissed_at IS NULL
 UNION ALL
 SELECT 'pg_rekey_dismissed_rows', '{}', count(*),

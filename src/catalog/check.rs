@@ -255,7 +255,8 @@ SELECT 'warning',
 /// Rows under quarantine that nobody has dismissed, by table.
 pub const QUARANTINE: &str = r"
 SELECT 'error', 'table ' || q.table_name::text,
-       format('%s rows could not be re-encrypted (SQLSTATE %s): no slot can be proved unused',
+       format('%s rows could not be re-encrypted (SQLSTATE %s): the slots that they name cannot be '
+              'proved unused',
               count(*) + coalesce(max(p.rows_unlisted), 0), string_agg(DISTINCT q.sqlstate, ', ')),
        format('SELECT * FROM rekey.errors WHERE table_name = %L::regclass; '
               '-- mend or dismiss each, then: SELECT rekey.retry_quarantine()',

@@ -870,7 +870,7 @@ fn rows_under_quarantine() {
         &mut client,
         "error",
         object,
-        "1 rows could not be re-encrypted (SQLSTATE 39000)",
+        "1 rows could not be re-encrypted (SQLSTATE 39000): the slots that they name cannot",
     );
     client.run(&found.remedy);
     client.run("UPDATE t SET c = encrypt_col('v7', 'pii') WHERE id = 7");
@@ -1163,6 +1163,27 @@ fn every_metric_is_documented_collected_and_everything_that_is_used_exists() {
     let collected = names_in(&read(COLLECTOR));
     let missing: Vec<&String> = known.difference(&collected).collect();
     assert!(missing.is_empty(), "not in {COLLECTOR}: {missing:?}");
+    let (page, collector) = (read("docs/monitoring.md"), read(COLLECTOR));
+    for row in client.rows("SELECT DISTINCT name, help FROM rekey.metrics") {
+        let [Some(name), Some(help)] = &row[..] else {
+            panic!("{row:?}");
+        };
+        let line = |line: &&str| line.starts_with(&format!("| `{name}` |")) && line.contains(help);
+        assert!(
+            page.lines().any(|l| line(&l)),
+            "{name}: {help:?} is not in the page"
+        );
+        let said = format!("metric_name: {name}\n    type: ");
+        let words = collector
+            .split(&said)
+            .nth(1)
+            .and_then(|rest| rest.lines().nth(1));
+        assert_eq!(
+            words,
+            Some(format!("    help: '{help}'").as_str()),
+            "{name}"
+        );
+    }
     for file in [DASHBOARD, COLLECTOR, ALERTS] {
         let used = names_in(&read(file));
         let unknown: Vec<&String> = used.difference(&known).collect();

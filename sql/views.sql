@@ -280,7 +280,9 @@ SELECT 'pg_rekey_progress_age_seconds', '{}',
   FROM rekey.progress_state p
  WHERE p.phase <> 'done'
    AND NOT EXISTS (SELECT FROM rekey.pause z
-                    WHERE z.table_name::oid IN (p.table_name::oid, '0'::oid)
+                    WHERE (z.table_name::oid IN (p.table_name::oid, '0'::oid)
+                           OR z.table_name::oid IN (SELECT a.relid::oid
+                                FROM pg_catalog.pg_partition_ancestors(p.table_name) AS a))
                       AND z.paused_until > clock_timestamp())
 UNION ALL
 SELECT 'pg_rekey_proof_snapshot_age_seconds', '{}',

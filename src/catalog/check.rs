@@ -289,7 +289,12 @@ SELECT 'warning', 'table ' || p.table_name::text,
        'SELECT * FROM rekey.progress -- end what waits_for names'
   FROM rekey.progress_state p
  WHERE p.phase <> 'done' AND p.updated_at < clock_timestamp() - '1 day'::interval
-   AND NOT EXISTS (SELECT FROM rekey.pause z WHERE z.paused_until > clock_timestamp())";
+   AND NOT EXISTS (SELECT FROM rekey.pause z
+                    WHERE z.paused_until > clock_timestamp()
+                      -- A table whose own pass is complete waits for whichever is paused.
+                      AND (p.blocks_left = 0 OR z.table_name::oid IN (p.table_name::oid, '0'::oid)
+                           OR z.table_name::oid IN (SELECT a.relid::oid
+                                FROM pg_partition_ancestors(p.table_name) AS a)))";
 
 /// Live columns whose trigger does not look at every write, that are filled and that nobody has
 /// ended, or that cannot be filled.

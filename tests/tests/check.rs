@@ -1036,6 +1036,53 @@ fn a_table_that_stands_still_or_whose_owners_code_fails() {
 }
 
 #[test]
+fn a_pause_excuses_the_standstill_of_what_it_covers_only() {
+    let mut client = database("excused").connect();
+    client.run(
+        "CREATE TABLE u AS SELECT * FROM t;
+         CREATE TABLE p (id int, c bytea) PARTITION BY RANGE (id);
+         CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (0) TO (100);
+         INSERT INTO p SELECT * FROM t;
+         SELECT rekey.register_column(r, 'c') FROM unnest('{u,p}'::regclass[]) AS r;
+         SELECT rotate_key('pii')",
+    );
+    client.run("CALL rekey.reencrypt()");
+    client.run(
+        "SELECT rotate_key('pii');
+         UPDATE rekey.progress_state SET phase = 'pass', blocks_left = 1,
+                updated_at = now() - interval '25 hours'",
+    );
+    let (words, age) = (
+        "stands still in phase pass",
+        "pg_rekey_progress_age_seconds",
+    );
+    let expect = |client: &mut Client, still: [bool; 3]| {
+        for (table, still) in ["public.t", "public.u", "public.p1"].into_iter().zip(still) {
+            let found = find(client, &format!("table {table}"), words);
+            assert_eq!(found.is_some(), still, "{table}: {found:?}");
+        }
+        let stands = metric(client, age, "{}") > 86_400.0;
+        assert_eq!(stands, still.contains(&true));
+    };
+    expect(&mut client, [true, true, true]);
+    client.run("SELECT rekey.pause('u')");
+    expect(&mut client, [true, false, true]);
+    client.run("SELECT rekey.pause('t')");
+    expect(&mut client, [false, false, true]);
+    client.run("SELECT rekey.pause('p')");
+    expect(&mut client, [false, false, false]);
+    client.run("SELECT rekey.resume(r) FROM unnest('{t,u,p}'::regclass[]) AS r");
+    expect(&mut client, [true, true, true]);
+    client.run("SELECT rekey.pause()");
+    expect(&mut client, [false, false, false]);
+    client.run("UPDATE rekey.pause SET paused_until = now()");
+    expect(&mut client, [true, true, true]);
+    // What has been passed over already waits for the table that is paused.
+    client.run("SELECT rekey.pause('u'); UPDATE rekey.progress_state SET blocks_left = 0");
+    gone(&mut client, "table public.t", words);
+}
+
+#[test]
 fn a_proof_that_is_given_up_at_max_snapshot_age() {
     let cluster = Cluster::start(
         Options::preloaded()

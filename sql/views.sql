@@ -285,6 +285,20 @@ SELECT 'pg_rekey_progress_age_seconds', '{}',
                                 FROM pg_catalog.pg_partition_ancestors(p.table_name) AS a))
                       AND z.paused_until > clock_timestamp())
 UNION ALL
+SELECT 'pg_rekey_live_columns', '{}', count(*),
+       'Columns that are being encrypted, or decrypted, while they are in use'
+  FROM rekey.live_column
+UNION ALL
+SELECT 'pg_rekey_backfill_tables', jsonb_build_object('phase', v.phase),
+       (SELECT count(*) FROM rekey.backfill_state b WHERE b.phase = v.phase),
+       'Tables with live columns: backfill while these are filled, done afterwards'
+  FROM (VALUES ('backfill'), ('done')) AS v (phase)
+UNION ALL
+SELECT 'pg_rekey_backfill_left_bytes', '{}',
+       coalesce(sum(b.blocks_left), 0) * current_setting('block_size')::integer,
+       'What the present passes have still to go through to fill live columns'
+  FROM rekey.backfill_state b
+UNION ALL
 SELECT 'pg_rekey_proof_snapshot_age_seconds', '{}',
        coalesce(extract(epoch FROM clock_timestamp() - min(n.since)), 0),
        'Age of the snapshot of a proof that is under way: it holds back vacuum; 0 for none'

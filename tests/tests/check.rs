@@ -1083,6 +1083,30 @@ fn a_pause_excuses_the_standstill_of_what_it_covers_only() {
 }
 
 #[test]
+fn live_columns_have_metrics_of_their_own() {
+    let mut client = database("live_metrics").connect();
+    let backfill = |client: &mut Client| {
+        let tables = |client: &mut Client, phase: &str| {
+            let labels = format!("{{\"phase\": \"{phase}\"}}");
+            metric(client, "pg_rekey_backfill_tables", &labels)
+        };
+        let left = metric(client, "pg_rekey_backfill_left_bytes", "{}") > 0.0;
+        (tables(client, "backfill"), tables(client, "done"), left)
+    };
+    assert_eq!(metric(&mut client, "pg_rekey_live_columns", "{}"), 0.0);
+    client.run(
+        "CREATE TABLE l (id int PRIMARY KEY, email text);
+         INSERT INTO l SELECT i, repeat('x', 1000) FROM generate_series(1, 3000) AS i;
+         SELECT rekey.encrypt_column('l', 'email', 'sealed', 'pii')",
+    );
+    assert_eq!(metric(&mut client, "pg_rekey_live_columns", "{}"), 1.0);
+    client.run("SELECT rekey.reencrypt_step('l', true)");
+    assert_eq!(backfill(&mut client), (1.0, 0.0, true));
+    client.run("CALL rekey.reencrypt('l')");
+    assert_eq!(backfill(&mut client), (0.0, 1.0, false));
+}
+
+#[test]
 fn a_proof_that_is_given_up_at_max_snapshot_age() {
     let cluster = Cluster::start(
         Options::preloaded()

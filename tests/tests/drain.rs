@@ -876,6 +876,61 @@ fn the_evidence_of_a_key_tells_its_slots_proofs_and_acts() {
         ),
         0
     );
+    let acts = |client: &mut Client, of: &str| {
+        client.column(&format!(
+            "SELECT a->>'action' FROM jsonb_array_elements(({of})->'acts') AS a"
+        ))
+    };
+    // Acts on no key in particular, whichever key is asked for.
+    client.run(
+        "SELECT rekey.pause('t'); SELECT rekey.resume('t'); SELECT rekey.enable_touch('t');
+         SELECT rekey.unregister_column('t', 'c')",
+    );
+    let of_none = acts(&mut client, "SELECT rekey.evidence('pii')");
+    for action in [
+        "init_root_key",
+        "register_column",
+        "pause",
+        "resume",
+        "enable_touch",
+        "unregister_column",
+    ] {
+        assert!(
+            of_none.iter().any(|act| act == action),
+            "{action}: {of_none:?}"
+        );
+    }
+    let later = "SELECT rekey.evidence('pii', now() + interval '1 day')";
+    assert!(acts(&mut client, later).is_empty());
+    // Every act of the log is in the document of all keys, those of a dropped key too.
+    client.run(
+        "SELECT rekey.create_key('gone', grace => '0'); SELECT rotate_key('gone');
+         SELECT rekey.shred_key('gone', 'over'); SELECT rekey.drop_key('gone')",
+    );
+    client.run("CREATE TEMP TABLE every AS SELECT rekey.evidence() AS e");
+    assert_eq!(
+        client.number(
+            "SELECT jsonb_array_length(e->'acts') + (SELECT sum(jsonb_array_length(k->'acts'))
+                 FROM jsonb_array_elements(e->'keys') AS k)::int FROM every"
+        ),
+        client.number("SELECT count(*) FROM rekey.audit")
+    );
+    client.run("CREATE TEMP TABLE g AS SELECT rekey.evidence('gone') #> '{keys,0}' AS e");
+    assert_eq!(
+        client.column("SELECT s->>'state' FROM g, jsonb_array_elements(e->'slots') AS s"),
+        ["destroyed", "destroyed"]
+    );
+    assert_eq!(
+        acts(&mut client, "SELECT e FROM g")
+            .last()
+            .map(String::as_str),
+        Some("drop_key")
+    );
+    assert!(client.truth(
+        "SELECT e->>'dropped_at' IS NOT NULL AND e->>'cryptoperiod_kept' IS NULL
+            AND e->>'key_name' = 'gone' FROM g"
+    ));
+    assert!(client.truth("SELECT e #>> '{keys,0,dropped_at}' IS NULL FROM e"));
     client.run("BEGIN READ ONLY; SELECT rekey.evidence('pii')");
     assert!(client.truth("SELECT pg_current_xact_id_if_assigned() IS NULL"));
     client.run("COMMIT");

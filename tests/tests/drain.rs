@@ -769,6 +769,16 @@ fn compromised_slots_are_drained_first_and_a_proof_of_them_is_void() {
         3
     );
     assert_eq!(client.number(WRONG), 0);
+    // The other key waits until the compromised slot is proved, by a proof of its own.
+    assert_eq!(
+        client.column("SELECT key_name FROM rekey.audit WHERE action = 'drain' ORDER BY audit_id"),
+        ["pii", "pii", "pii", "b"]
+    );
+    assert!(client.truth(
+        "SELECT max(drained_at) FILTER (WHERE key_name = 'pii')
+                < min((proof->>'at')::timestamptz) FILTER (WHERE key_name = 'b')
+           FROM rekey.slots WHERE state = 'drained'"
+    ));
 }
 
 #[test]

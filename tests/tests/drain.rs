@@ -309,9 +309,57 @@ fn a_copy_whose_statement_has_ended_and_whose_transaction_has_not_keeps_the_slot
     );
 }
 
+/// A database with a table of one row per block: a batch is a small part of it.
+fn large(name: &str) -> Database<'static> {
+    let database = database(name);
+    database.connect().run(
+        "DROP TABLE t;
+         CREATE TABLE t (id int PRIMARY KEY, c bytea, shadow text, n int DEFAULT 0, pad text);
+         ALTER TABLE t ALTER pad SET STORAGE PLAIN, ALTER c SET STORAGE PLAIN;
+         INSERT INTO t SELECT i, encrypt_col('v' || i, 'pii'), 'v' || i, 0, repeat('x', 4100)
+           FROM generate_series(1, 600) AS i;
+         SELECT rekey.register_column('t', 'c'); SELECT rotate_key('pii')",
+    );
+    database
+}
+
+/// One batch of the pass over t: it is in the middle of the table then.
+fn to_the_middle(client: &mut Client) {
+    client.run("SELECT rekey.reencrypt_step('t', true)");
+    let cursor = client.number("SELECT cursor_block FROM rekey.progress_state");
+    assert!((1..500).contains(&cursor), "at block {cursor} of 600");
+}
+
 #[test]
 fn an_update_of_another_column_behind_the_cursor_is_found_by_the_proof() {
-    let database = database("behind");
+    let database = large("behind");
+    let mut client = database.connect();
+    to_the_middle(&mut client);
+    // Room behind the cursor: there the new version of a row that is before it is put.
+    client.run("VACUUM t");
+    database.connect().run("UPDATE t SET n = 1 WHERE id = 550");
+    let place = client.text("SELECT (ctid::text::point)[0]::bigint FROM t WHERE id = 550");
+    let behind = format!("SELECT {place} < cursor_block FROM rekey.progress_state");
+    assert!(client.truth(&behind), "it lies in block {place}");
+    let (mut noticing, notices) = database.cluster.connect_noticing(&database.name);
+    noticing.run("CALL rekey.reencrypt()");
+    let notices = notices.lock().expect("the notices").join("\n");
+    assert!(
+        notices.contains("the proof found 1 stale rows"),
+        "{notices}"
+    );
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+    assert_eq!(
+        client.number("SELECT n FROM t WHERE id = 550"),
+        1,
+        "the application's write stays"
+    );
+}
+
+#[test]
+fn a_row_that_is_locked_while_the_pass_goes_by_is_looked_at_again() {
+    let database = database("locked");
     let (mut old, mut client) = (database.connect(), database.connect());
     client.run("SELECT rotate_key('pii')");
     // The row is locked while the pass goes by, and keeps its stale envelope in a new version.

@@ -492,6 +492,66 @@ fn a_rewrite_of_the_table_begins_the_pass_again() {
 }
 
 #[test]
+fn a_rewrite_in_the_middle_of_a_pass_begins_it_again() {
+    for (name, rewrite) in [
+        ("mid_full", "VACUUM FULL t"),
+        ("mid_cluster", "CLUSTER t USING t_pkey"),
+        ("mid_alter", "ALTER TABLE t ALTER n TYPE bigint"),
+        (
+            "mid_truncate",
+            "BEGIN; TRUNCATE t; INSERT INTO t SELECT * FROM kept; COMMIT",
+        ),
+    ] {
+        let database = large(name);
+        let mut client = database.connect();
+        // Rows of before the rotation, which a TRUNCATE brings back in the same transaction.
+        client.run("CREATE TABLE kept AS SELECT * FROM t");
+        to_the_middle(&mut client);
+        client.run(rewrite);
+        // The same session goes on: what it remembers of the old file counts no more either.
+        client.run("SELECT rekey.reencrypt_step('t', false)");
+        assert!(
+            client.truth(
+                "SELECT file_node = pg_relation_filenode('t') AND rows_scanned > 0
+                    AND cursor_block + blocks_left = blocks_total FROM rekey.progress_state"
+            ),
+            "{rewrite}: {:?}",
+            client.rows("SELECT * FROM rekey.progress_state")
+        );
+        let (mut noticing, notices) = database.cluster.connect_noticing(&database.name);
+        noticing.run("CALL rekey.reencrypt()");
+        let notices = notices.lock().expect("the notices").join("\n");
+        assert!(
+            !notices.contains("the proof found"),
+            "{rewrite}: the pass has left rows out: {notices}"
+        );
+        assert_eq!(states(&mut client), ["drained", "active"], "{rewrite}");
+        assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+    }
+}
+
+#[test]
+fn a_table_that_is_dropped_in_the_middle_of_its_pass_holds_up_no_other() {
+    let database = large("mid_drop");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE u AS SELECT id, c, shadow FROM t WHERE id <= 20;
+         SELECT rekey.register_column('u', 'c')",
+    );
+    to_the_middle(&mut client);
+    client.run("DROP TABLE t");
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!(
+        client
+            .column("SELECT t->>'table' FROM rekey.slots, jsonb_array_elements(proof->'tables') t"),
+        ["public.u"]
+    );
+    let opened = "SELECT count(*) FROM u WHERE decrypt_col(c) = shadow AND NOT rekey.is_stale(c)";
+    assert_eq!(client.number(opened), 20);
+}
+
+#[test]
 fn copy_on_conflict_and_merge_store_under_the_active_slot() {
     let database = database("stores");
     let mut client = database.connect();

@@ -292,6 +292,7 @@ fn more_databases_than_the_board_has_room_for_are_served() {
 fn it_is_switched_off_and_on_by_a_reload() {
     let cluster = cluster();
     let mut client = prepare(&cluster.database("switched"));
+    let mut elsewhere = prepare(&cluster.database("elsewhere"));
     client.run("ALTER SYSTEM SET rekey.worker = off");
     cluster.reload(&mut client);
     wait_until("no worker is left", || workers(&mut client) == 0);
@@ -300,7 +301,20 @@ fn it_is_switched_off_and_on_by_a_reload() {
     client.run("ALTER SYSTEM SET rekey.worker = on");
     cluster.reload(&mut client);
     client.run("SELECT rotate_key('pii')");
+    // What is wanted later than here is served, more than once: the worker is on, and passes by.
+    for round in 1..=2 {
+        elsewhere.run("SELECT rotate_key('pii')");
+        wait_until("the database on the list is drained", || {
+            drained(&mut elsewhere) == round
+        });
+        wait_until("no worker is left", || workers(&mut client) == 0);
+    }
     assert_eq!(drained(&mut client), 0);
+    assert_eq!(
+        client.number("SELECT count(*) FROM rekey.progress_state"),
+        0,
+        "no worker has begun here"
+    );
     client.run("ALTER SYSTEM SET rekey.databases = 'elsewhere, switched'");
     cluster.reload(&mut client);
     client.run("SELECT rotate_key('pii')");

@@ -1,6 +1,6 @@
 //! The background worker: woken by a commit, silent otherwise, in nobody's way.
 
-use rekey_tests::{Ask, Cluster, Database, Options, long_runs, wait_until};
+use rekey_tests::{Ask, Cluster, Database, GATE, Options, long_runs, wait_until};
 
 use postgres::Client;
 
@@ -161,7 +161,7 @@ fn several_databases_take_turns_and_ones_without_the_extension_are_left() {
             .set("rekey.work_ratio = 1")
             .set("rekey.max_workers = 1"),
     );
-    cluster.empty_database("bare", "");
+    let bare = cluster.empty_database("bare", "");
     let mut clients: Vec<Client> = ["one", "two", "three"]
         .map(|name| prepare(&cluster.database(name)))
         .into_iter()
@@ -170,9 +170,76 @@ fn several_databases_take_turns_and_ones_without_the_extension_are_left() {
         client.run("SELECT rotate_key('pii')");
     }
     for client in &mut clients {
-        wait_until("every database is drained", || drained(client) == 1);
+        wait_until("every database is drained", || {
+            assert!(workers(client) <= 1, "rekey.max_workers is 1");
+            drained(client) == 1
+        });
     }
-    clients[0].run("CREATE EXTENSION IF NOT EXISTS pg_rekey");
+    assert!(
+        !cluster.log().contains("a step failed"),
+        "the bare one is no failure"
+    );
+    bare.install();
+    let mut client = prepare(&bare);
+    client.run("SELECT rotate_key('pii')");
+    wait_until("it is served once it has the extension", || {
+        drained(&mut client) == 1
+    });
+}
+
+#[test]
+fn an_extension_that_is_dropped_under_a_working_worker_leaves_it_free_for_other_databases() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("rekey.work_ratio = 1")
+            .set("rekey.max_workers = 1")
+            .set("deadlock_timeout = 100ms"),
+    );
+    let database = cluster.database("dropped");
+    let mut client = prepare(&database);
+    let mut other = prepare(&cluster.database("other"));
+    wait_until("no worker is left", || workers(&mut client) == 0);
+    let mut gate = database.connect();
+    gate.run(&format!("SELECT pg_advisory_lock({GATE})"));
+    cluster.arm("batch.advanced", "wait");
+    client.run("SELECT rotate_key('pii')");
+    wait_until("the worker stands in the middle of a batch", || {
+        client.number("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+            == 1
+    });
+    let mut session = database.connect();
+    let pid = session.number("SELECT pg_backend_pid()");
+    session.run("SET rekey.allow_drop = on");
+    let dropping = std::thread::spawn(move || {
+        // The two may stand in a deadlock, and either one may be its victim.
+        wait_until("the extension is dropped", || {
+            match session.attempt("DROP EXTENSION pg_rekey") {
+                Ok(()) => true,
+                Err(refusal) if refusal.code == "40P01" => false,
+                Err(refusal) => panic!("{}", refusal.text()),
+            }
+        });
+    });
+    let waits = format!("SELECT count(*) FROM pg_locks WHERE pid = {pid} AND NOT granted");
+    wait_until("the DROP waits for the worker", || {
+        client.number(&waits) == 1
+    });
+    other.run("SELECT rotate_key('pii')");
+    gate.run(&format!("SELECT pg_advisory_unlock({GATE})"));
+    dropping.join().expect("DROP EXTENSION");
+    wait_until("the other database is drained", || drained(&mut other) == 1);
+    wait_until("no worker is left there", || workers(&mut other) == 0);
+    assert_eq!(
+        other.number("SELECT count(*) FROM t WHERE decrypt_col(c) = 'v' || id"),
+        100
+    );
+    assert!(!cluster.log().contains("terminated by signal"));
+    // And one that is made there anew is served as any other.
+    client.run("DROP TABLE t");
+    database.install();
+    let mut client = prepare(&database);
+    client.run("SELECT rotate_key('pii')");
+    wait_until("the new one is drained", || drained(&mut client) == 1);
 }
 
 #[test]

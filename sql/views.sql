@@ -280,8 +280,24 @@ SELECT 'pg_rekey_progress_age_seconds', '{}',
   FROM rekey.progress_state p
  WHERE p.phase <> 'done'
    AND NOT EXISTS (SELECT FROM rekey.pause z
-                    WHERE z.table_name::oid IN (p.table_name::oid, '0'::oid)
+                    WHERE (z.table_name::oid IN (p.table_name::oid, '0'::oid)
+                           OR z.table_name::oid IN (SELECT a.relid::oid
+                                FROM pg_catalog.pg_partition_ancestors(p.table_name) AS a))
                       AND z.paused_until > clock_timestamp())
+UNION ALL
+SELECT 'pg_rekey_live_columns', '{}', count(*),
+       'Columns that are being encrypted, or decrypted, while they are in use'
+  FROM rekey.live_column
+UNION ALL
+SELECT 'pg_rekey_backfill_tables', jsonb_build_object('phase', v.phase),
+       (SELECT count(*) FROM rekey.backfill_state b WHERE b.phase = v.phase),
+       'Tables with live columns: backfill while these are filled, done afterwards'
+  FROM (VALUES ('backfill'), ('done')) AS v (phase)
+UNION ALL
+SELECT 'pg_rekey_backfill_left_bytes', '{}',
+       coalesce(sum(b.blocks_left), 0) * current_setting('block_size')::integer,
+       'What the present passes have still to go through to fill live columns'
+  FROM rekey.backfill_state b
 UNION ALL
 SELECT 'pg_rekey_proof_snapshot_age_seconds', '{}',
        coalesce(extract(epoch FROM clock_timestamp() - min(n.since)), 0),
@@ -306,7 +322,7 @@ SELECT 'pg_rekey_barrier_age_seconds', '{}',
 UNION ALL
 SELECT 'pg_rekey_quarantined_rows', '{}',
        count(*) + (SELECT coalesce(sum(p.rows_unlisted), 0) FROM rekey.progress_state p),
-       'Rows that could not be re-encrypted: they block the proof'
+       'Rows that could not be re-encrypted: the slots that they name cannot be proved unused'
   FROM rekey.quarantine WHERE dismissed_at IS NULL
 UNION ALL
 SELECT 'pg_rekey_dismissed_rows', '{}', count(*),

@@ -682,7 +682,7 @@ fn proof_scan(fcinfo: FunctionCallInfo) -> Reply {
 fn evidence(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
         let key = call.required_text(0, "key_name")?;
-        if !key.is_empty() && read::key(&text::to_server(key.as_bytes())?)?.is_none() {
+        if !key.is_empty() && !evidence::knows(&key)? {
             return Err(Error::unknown_key(key));
         }
         let document = evidence::document(&key, call.datum(1))?;

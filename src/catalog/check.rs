@@ -60,7 +60,7 @@ impl Finding {
 }
 
 /// Triggers that are not enabled as they were made: a restore of `pg_dump -a --disable-triggers`
-/// leaves ALWAYS as ORIGIN. refuse_direct_change is ORIGIN on purpose: sql/guards.sql.
+/// leaves ALWAYS and REPLICA as ORIGIN. refuse_direct_change is ORIGIN on purpose: sql/guards.sql.
 pub const GUARDS: &str = r"
 WITH expected (relation, name, mode, use) AS (
     SELECT r, n, 'A', 'sessions do not hear of changes that come by a restore or by replication'
@@ -71,25 +71,33 @@ WITH expected (relation, name, mode, use) AS (
            'registrations that come by a restore or by replication keep foreign numbers'
       FROM unnest('{registered_column,live_column}'::text[]) AS r
     UNION ALL
+    SELECT r, 'yield_to_local', CASE r WHEN 'audit_log' THEN 'A' ELSE 'R' END,
+           'rows of a publisher stop an apply worker, or take the place of those that are here'
+      FROM unnest('{audit_log,key,key_slot,slot_wrap,root_key,key_grant,registered_column,
+                   live_column,progress_state,backfill_state,pause,quarantine}'::text[]) AS r
+    UNION ALL
     SELECT r, 'refuse_direct_change', 'O', 'the table can be changed past the functions of rekey'
       FROM unnest('{key,key_slot,slot_wrap,root_key,audit_log,registered_column,
-                   live_column}'::text[]) AS r)
-SELECT CASE WHEN min(t.tgenabled::text) IN ('A', 'O') THEN 'warning' ELSE 'error' END,
+                   live_column}'::text[]) AS r),
+modes (mode, name) AS (VALUES ('A', 'ALWAYS'), ('R', 'REPLICA'), ('O', 'ORIGIN'))
+SELECT CASE WHEN t.tgenabled::text IN ('A', 'O') THEN 'warning' ELSE 'error' END,
        format('triggers of rekey.%s', e.relation),
        format('%s %s: %s', string_agg(e.name, ', ' ORDER BY e.name),
               CASE coalesce(t.tgenabled::text, '') WHEN '' THEN 'is gone'
-                   WHEN 'O' THEN 'is enabled as ORIGIN, not ALWAYS'
-                   WHEN 'A' THEN 'is enabled as ALWAYS, not ORIGIN' ELSE 'is disabled' END,
+                   WHEN 'D' THEN 'is disabled'
+                   ELSE format('is enabled as %s, not %s', min(is_now.name), min(made.name)) END,
               CASE WHEN e.mode = 'O' AND t.tgenabled = 'A'
                    THEN 'logical replication cannot apply changes' ELSE min(e.use) END),
        CASE WHEN t.tgenabled IS NULL THEN 'restore the database from a dump: it is damaged'
             ELSE format('ALTER TABLE rekey.%s %s', e.relation,
                         string_agg(format('ENABLE%s TRIGGER %s',
-                            CASE e.mode WHEN 'A' THEN ' ALWAYS' ELSE '' END, e.name), ', '
-                            ORDER BY e.name)) END
+                            CASE WHEN e.mode <> 'O' THEN ' ' || made.name ELSE '' END, e.name),
+                            ', ' ORDER BY e.name)) END
   FROM expected e
+  JOIN modes made ON made.mode = e.mode
   LEFT JOIN pg_class c ON c.relnamespace = 'rekey'::regnamespace AND c.relname = e.relation
   LEFT JOIN pg_trigger t ON t.tgrelid = c.oid AND t.tgname = e.name
+  LEFT JOIN modes is_now ON is_now.mode = t.tgenabled::text
  WHERE t.tgenabled::text IS DISTINCT FROM e.mode
  GROUP BY e.relation, e.mode, t.tgenabled
 UNION ALL
@@ -247,7 +255,8 @@ SELECT 'warning',
 /// Rows under quarantine that nobody has dismissed, by table.
 pub const QUARANTINE: &str = r"
 SELECT 'error', 'table ' || q.table_name::text,
-       format('%s rows could not be re-encrypted (SQLSTATE %s): no slot can be proved unused',
+       format('%s rows could not be re-encrypted (SQLSTATE %s): the slots that they name cannot be '
+              'proved unused',
               count(*) + coalesce(max(p.rows_unlisted), 0), string_agg(DISTINCT q.sqlstate, ', ')),
        format('SELECT * FROM rekey.errors WHERE table_name = %L::regclass; '
               '-- mend or dismiss each, then: SELECT rekey.retry_quarantine()',
@@ -280,7 +289,12 @@ SELECT 'warning', 'table ' || p.table_name::text,
        'SELECT * FROM rekey.progress -- end what waits_for names'
   FROM rekey.progress_state p
  WHERE p.phase <> 'done' AND p.updated_at < clock_timestamp() - '1 day'::interval
-   AND NOT EXISTS (SELECT FROM rekey.pause z WHERE z.paused_until > clock_timestamp())";
+   AND NOT EXISTS (SELECT FROM rekey.pause z
+                    WHERE z.paused_until > clock_timestamp()
+                      -- A table whose own pass is complete waits for whichever is paused.
+                      AND (p.blocks_left = 0 OR z.table_name::oid IN (p.table_name::oid, '0'::oid)
+                           OR z.table_name::oid IN (SELECT a.relid::oid
+                                FROM pg_partition_ancestors(p.table_name) AS a)))";
 
 /// Live columns whose trigger does not look at every write, that are filled and that nobody has
 /// ended, or that cannot be filled.

@@ -274,6 +274,61 @@ fn an_error_at_a_boundary_leaves_no_half_batch_and_the_pass_goes_on_at_its_curso
 }
 
 #[test]
+fn a_call_that_is_cancelled_leaves_no_half_batch_and_the_next_one_goes_on_at_its_cursor() {
+    let cluster = without_worker();
+    let database = large_table(&cluster);
+    let mut client = database.connect();
+    client.run("SELECT rotate_key('pii'); SELECT rekey.reencrypt_step('t', true)");
+    const PLACE: &str =
+        "SELECT concat_ws(' ', cursor_block, rows_scanned, blocks_left) FROM rekey.progress_state";
+    for boundary in [
+        "batch.rewritten",
+        "batch.advanced",
+        "barrier.captured",
+        "proof.chunk",
+        "slot.drained",
+    ] {
+        let gate = close_gate(&database);
+        cluster.arm(boundary, "wait");
+        let mut other = database.connect();
+        let pid = other.number("SELECT pg_backend_pid()");
+        let call = std::thread::spawn(move || {
+            let refusal = other
+                .attempt("CALL rekey.reencrypt()")
+                .expect_err("a cancel");
+            // The session is as good as before, and holds nothing.
+            assert_eq!(other.number("SELECT count(*) FROM t"), 1500);
+            (other, refusal)
+        });
+        wait_at_gate(&mut client);
+        let (place, stale) = (client.text(PLACE), client.number(STALE));
+        client.run(&format!("SELECT pg_cancel_backend({pid})"));
+        let (_other, refusal) = call.join().expect("CALL reencrypt");
+        assert_eq!(refusal.code, "57014", "{boundary}: {}", refusal.text());
+        assert_eq!(
+            client.text(PLACE),
+            place,
+            "{boundary}: what was committed stays"
+        );
+        assert_eq!(client.number(STALE), stale, "{boundary}");
+        assert_eq!(states(&mut client), ["previous", "active"], "{boundary}");
+        let locks = "SELECT count(*) FROM pg_locks WHERE relation = 't'::regclass";
+        assert_eq!(client.number(locks), 0, "{boundary}");
+        drop(gate);
+    }
+    assert_eq!(
+        client.number(STALE),
+        0,
+        "the pass was complete before the last cancels"
+    );
+    client.run("CALL rekey.reencrypt()");
+    let scanned = "SELECT rows_scanned FROM rekey.progress";
+    assert_eq!(client.number(scanned), 1500, "no row is looked at twice");
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!(client.number(WRONG), 0);
+}
+
+#[test]
 fn a_truncate_in_the_middle_of_the_scan_of_a_proof_makes_it_begin_again() {
     let cluster = without_worker();
     let database = large_table(&cluster);

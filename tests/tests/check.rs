@@ -384,47 +384,97 @@ fn the_remedy_for_the_preload_keeps_what_is_preloaded() {
     assert_eq!(list.replace(' ', ""), "auto_explain,pg_rekey");
 }
 
+/// The tables of the catalog that pg_dump carries.
+const CARRIED_BY_DUMPS: &[&str] = &[
+    "key",
+    "key_slot",
+    "slot_wrap",
+    "root_key",
+    "key_grant",
+    "registered_column",
+    "live_column",
+    "audit_log",
+];
+
+/// What pg_dump -a --disable-triggers writes about the catalog and about these tables.
+fn as_a_restore_leaves_them(client: &mut Client, tables: &[&str]) {
+    let carried = client.column(
+        "SELECT unnest(extconfig)::regclass::text FROM pg_extension WHERE extname = 'pg_rekey'",
+    );
+    let of_catalog = CARRIED_BY_DUMPS.iter().map(|name| format!("rekey.{name}"));
+    let known: BTreeSet<String> = of_catalog.clone().collect();
+    let carried: BTreeSet<String> = carried
+        .into_iter()
+        .filter(|name| name != "rekey.audit_id")
+        .collect();
+    assert_eq!(carried, known);
+    for table in of_catalog.chain(tables.iter().map(|name| (*name).to_owned())) {
+        client.run(&format!(
+            "ALTER TABLE {table} DISABLE TRIGGER ALL; ALTER TABLE {table} ENABLE TRIGGER ALL"
+        ));
+    }
+}
+
+#[test]
+fn the_one_statement_of_the_readme_mends_every_trigger_that_a_restore_has_degraded() {
+    let database = database("readme_triggers");
+    let mut client = database.connect();
+    client.run(
+        "SELECT rekey.enable_touch('t');
+         CREATE TABLE l (id int PRIMARY KEY, email text);
+         SELECT rekey.encrypt_column('l', 'email', 'sealed', 'pii')",
+    );
+    let ours =
+        "SELECT tgrelid::regclass || ' ' || concat_ws(' ', tgname, tgenabled) FROM pg_trigger
+                 WHERE NOT tgisinternal ORDER BY 1";
+    let made = client.column(ours);
+    as_a_restore_leaves_them(&mut client, &["t", "l"]);
+    assert_ne!(client.column(ours), made);
+    let readme = read("README.md");
+    let block = readme
+        .split("```sql\n")
+        .filter_map(|rest| rest.split("```").next())
+        .find(|block| block.contains("\\gexec"))
+        .expect("the statement in README.md");
+    let file = cluster().dir().join("mend.sql");
+    cluster().write_file(&file, block.as_bytes(), 0o644);
+    let file = file.display().to_string();
+    let psql = ["-X", "-v", "ON_ERROR_STOP=1", "-d", "readme_triggers", "-f"];
+    cluster().tool("psql", &[&psql[..], &[&file]].concat());
+    assert_eq!(client.column(ours), made);
+    let again = cluster().tool("psql", &[&psql[..], &[&file]].concat());
+    assert_eq!(again, "", "it prints nothing more");
+}
+
 #[test]
 fn triggers_as_a_restore_leaves_them_and_triggers_that_are_gone() {
     let mut client = database("triggers").connect();
     client.run("SELECT rekey.enable_touch('t')");
     gone(&mut client, "trigger zzz_rekey_touch on public.t", "");
-    // What pg_dump -a --disable-triggers writes.
-    for table in [
-        "rekey.key",
-        "rekey.key_slot",
-        "rekey.slot_wrap",
-        "rekey.key_grant",
-        "rekey.registered_column",
-        "t",
-    ] {
-        client.run(&format!("ALTER TABLE {table} DISABLE TRIGGER ALL"));
-        client.run(&format!("ALTER TABLE {table} ENABLE TRIGGER ALL"));
-    }
+    as_a_restore_leaves_them(&mut client, &["t"]);
     client.run("ALTER EVENT TRIGGER pg_rekey_guard_drop ENABLE");
     client.run("ALTER TABLE rekey.audit_log DISABLE TRIGGER refuse_direct_change");
+    for relation in ["key", "key_slot", "slot_wrap", "key_grant"] {
+        let object = format!("triggers of rekey.{relation}");
+        let words = "announce_change, announce_truncate is enabled as ORIGIN, not ALWAYS";
+        mended(&mut client, "warning", &object, words);
+    }
+    for relation in ["registered_column", "live_column"] {
+        let object = format!("triggers of rekey.{relation}");
+        let words = "stamp_registration is enabled as ORIGIN, not ALWAYS";
+        mended(&mut client, "warning", &object, words);
+    }
+    for relation in CARRIED_BY_DUMPS {
+        let object = format!("triggers of rekey.{relation}");
+        let made = if *relation == "audit_log" {
+            "ALWAYS"
+        } else {
+            "REPLICA"
+        };
+        let words = format!("yield_to_local is enabled as ORIGIN, not {made}");
+        mended(&mut client, "warning", &object, &words);
+    }
     for (severity, object, words) in [
-        ("warning", "triggers of rekey.key", "is enabled as ORIGIN"),
-        (
-            "warning",
-            "triggers of rekey.key_slot",
-            "announce_change, announce_truncate is",
-        ),
-        (
-            "warning",
-            "triggers of rekey.slot_wrap",
-            "is enabled as ORIGIN",
-        ),
-        (
-            "warning",
-            "triggers of rekey.key_grant",
-            "is enabled as ORIGIN",
-        ),
-        (
-            "warning",
-            "triggers of rekey.registered_column",
-            "stamp_registration is",
-        ),
         ("error", "triggers of rekey.audit_log", "is disabled"),
         (
             "warning",
@@ -446,6 +496,13 @@ fn triggers_as_a_restore_leaves_them_and_triggers_that_are_gone() {
         "triggers of rekey.key",
         "as ALWAYS, not ORIGIN",
     );
+    for relation in ["progress_state", "backfill_state", "pause", "quarantine"] {
+        let object = format!("triggers of rekey.{relation}");
+        client.run(&format!(
+            "ALTER TABLE rekey.{relation} DISABLE TRIGGER yield_to_local"
+        ));
+        mended(&mut client, "error", &object, "yield_to_local is disabled");
+    }
     client.run("ALTER EVENT TRIGGER pg_rekey_follow_renames DISABLE");
     mended(
         &mut client,
@@ -813,7 +870,7 @@ fn rows_under_quarantine() {
         &mut client,
         "error",
         object,
-        "1 rows could not be re-encrypted (SQLSTATE 39000)",
+        "1 rows could not be re-encrypted (SQLSTATE 39000): the slots that they name cannot",
     );
     client.run(&found.remedy);
     client.run("UPDATE t SET c = encrypt_col('v7', 'pii') WHERE id = 7");
@@ -979,6 +1036,77 @@ fn a_table_that_stands_still_or_whose_owners_code_fails() {
 }
 
 #[test]
+fn a_pause_excuses_the_standstill_of_what_it_covers_only() {
+    let mut client = database("excused").connect();
+    client.run(
+        "CREATE TABLE u AS SELECT * FROM t;
+         CREATE TABLE p (id int, c bytea) PARTITION BY RANGE (id);
+         CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (0) TO (100);
+         INSERT INTO p SELECT * FROM t;
+         SELECT rekey.register_column(r, 'c') FROM unnest('{u,p}'::regclass[]) AS r;
+         SELECT rotate_key('pii')",
+    );
+    client.run("CALL rekey.reencrypt()");
+    client.run(
+        "SELECT rotate_key('pii');
+         UPDATE rekey.progress_state SET phase = 'pass', blocks_left = 1,
+                updated_at = now() - interval '25 hours'",
+    );
+    let (words, age) = (
+        "stands still in phase pass",
+        "pg_rekey_progress_age_seconds",
+    );
+    let expect = |client: &mut Client, still: [bool; 3]| {
+        for (table, still) in ["public.t", "public.u", "public.p1"].into_iter().zip(still) {
+            let found = find(client, &format!("table {table}"), words);
+            assert_eq!(found.is_some(), still, "{table}: {found:?}");
+        }
+        let stands = metric(client, age, "{}") > 86_400.0;
+        assert_eq!(stands, still.contains(&true));
+    };
+    expect(&mut client, [true, true, true]);
+    client.run("SELECT rekey.pause('u')");
+    expect(&mut client, [true, false, true]);
+    client.run("SELECT rekey.pause('t')");
+    expect(&mut client, [false, false, true]);
+    client.run("SELECT rekey.pause('p')");
+    expect(&mut client, [false, false, false]);
+    client.run("SELECT rekey.resume(r) FROM unnest('{t,u,p}'::regclass[]) AS r");
+    expect(&mut client, [true, true, true]);
+    client.run("SELECT rekey.pause()");
+    expect(&mut client, [false, false, false]);
+    client.run("UPDATE rekey.pause SET paused_until = now()");
+    expect(&mut client, [true, true, true]);
+    // What has been passed over already waits for the table that is paused.
+    client.run("SELECT rekey.pause('u'); UPDATE rekey.progress_state SET blocks_left = 0");
+    gone(&mut client, "table public.t", words);
+}
+
+#[test]
+fn live_columns_have_metrics_of_their_own() {
+    let mut client = database("live_metrics").connect();
+    let backfill = |client: &mut Client| {
+        let tables = |client: &mut Client, phase: &str| {
+            let labels = format!("{{\"phase\": \"{phase}\"}}");
+            metric(client, "pg_rekey_backfill_tables", &labels)
+        };
+        let left = metric(client, "pg_rekey_backfill_left_bytes", "{}") > 0.0;
+        (tables(client, "backfill"), tables(client, "done"), left)
+    };
+    assert_eq!(metric(&mut client, "pg_rekey_live_columns", "{}"), 0.0);
+    client.run(
+        "CREATE TABLE l (id int PRIMARY KEY, email text);
+         INSERT INTO l SELECT i, repeat('x', 1000) FROM generate_series(1, 3000) AS i;
+         SELECT rekey.encrypt_column('l', 'email', 'sealed', 'pii')",
+    );
+    assert_eq!(metric(&mut client, "pg_rekey_live_columns", "{}"), 1.0);
+    client.run("SELECT rekey.reencrypt_step('l', true)");
+    assert_eq!(backfill(&mut client), (1.0, 0.0, true));
+    client.run("CALL rekey.reencrypt('l')");
+    assert_eq!(backfill(&mut client), (0.0, 1.0, false));
+}
+
+#[test]
 fn a_proof_that_is_given_up_at_max_snapshot_age() {
     let cluster = Cluster::start(
         Options::preloaded()
@@ -1106,6 +1234,27 @@ fn every_metric_is_documented_collected_and_everything_that_is_used_exists() {
     let collected = names_in(&read(COLLECTOR));
     let missing: Vec<&String> = known.difference(&collected).collect();
     assert!(missing.is_empty(), "not in {COLLECTOR}: {missing:?}");
+    let (page, collector) = (read("docs/monitoring.md"), read(COLLECTOR));
+    for row in client.rows("SELECT DISTINCT name, help FROM rekey.metrics") {
+        let [Some(name), Some(help)] = &row[..] else {
+            panic!("{row:?}");
+        };
+        let line = |line: &&str| line.starts_with(&format!("| `{name}` |")) && line.contains(help);
+        assert!(
+            page.lines().any(|l| line(&l)),
+            "{name}: {help:?} is not in the page"
+        );
+        let said = format!("metric_name: {name}\n    type: ");
+        let words = collector
+            .split(&said)
+            .nth(1)
+            .and_then(|rest| rest.lines().nth(1));
+        assert_eq!(
+            words,
+            Some(format!("    help: '{help}'").as_str()),
+            "{name}"
+        );
+    }
     for file in [DASHBOARD, COLLECTOR, ALERTS] {
         let used = names_in(&read(file));
         let unknown: Vec<&String> = used.difference(&known).collect();

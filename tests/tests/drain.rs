@@ -309,9 +309,57 @@ fn a_copy_whose_statement_has_ended_and_whose_transaction_has_not_keeps_the_slot
     );
 }
 
+/// A database with a table of one row per block: a batch is a small part of it.
+fn large(name: &str) -> Database<'static> {
+    let database = database(name);
+    database.connect().run(
+        "DROP TABLE t;
+         CREATE TABLE t (id int PRIMARY KEY, c bytea, shadow text, n int DEFAULT 0, pad text);
+         ALTER TABLE t ALTER pad SET STORAGE PLAIN, ALTER c SET STORAGE PLAIN;
+         INSERT INTO t SELECT i, encrypt_col('v' || i, 'pii'), 'v' || i, 0, repeat('x', 4100)
+           FROM generate_series(1, 600) AS i;
+         SELECT rekey.register_column('t', 'c'); SELECT rotate_key('pii')",
+    );
+    database
+}
+
+/// One batch of the pass over t: it is in the middle of the table then.
+fn to_the_middle(client: &mut Client) {
+    client.run("SELECT rekey.reencrypt_step('t', true)");
+    let cursor = client.number("SELECT cursor_block FROM rekey.progress_state");
+    assert!((1..500).contains(&cursor), "at block {cursor} of 600");
+}
+
 #[test]
 fn an_update_of_another_column_behind_the_cursor_is_found_by_the_proof() {
-    let database = database("behind");
+    let database = large("behind");
+    let mut client = database.connect();
+    to_the_middle(&mut client);
+    // Room behind the cursor: there the new version of a row that is before it is put.
+    client.run("VACUUM t");
+    database.connect().run("UPDATE t SET n = 1 WHERE id = 550");
+    let place = client.text("SELECT (ctid::text::point)[0]::bigint FROM t WHERE id = 550");
+    let behind = format!("SELECT {place} < cursor_block FROM rekey.progress_state");
+    assert!(client.truth(&behind), "it lies in block {place}");
+    let (mut noticing, notices) = database.cluster.connect_noticing(&database.name);
+    noticing.run("CALL rekey.reencrypt()");
+    let notices = notices.lock().expect("the notices").join("\n");
+    assert!(
+        notices.contains("the proof found 1 stale rows"),
+        "{notices}"
+    );
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+    assert_eq!(
+        client.number("SELECT n FROM t WHERE id = 550"),
+        1,
+        "the application's write stays"
+    );
+}
+
+#[test]
+fn a_row_that_is_locked_while_the_pass_goes_by_is_looked_at_again() {
+    let database = database("locked");
     let (mut old, mut client) = (database.connect(), database.connect());
     client.run("SELECT rotate_key('pii')");
     // The row is locked while the pass goes by, and keeps its stale envelope in a new version.
@@ -548,6 +596,66 @@ fn a_rewrite_of_the_table_begins_the_pass_again() {
             "{rewrite}"
         );
     }
+}
+
+#[test]
+fn a_rewrite_in_the_middle_of_a_pass_begins_it_again() {
+    for (name, rewrite) in [
+        ("mid_full", "VACUUM FULL t"),
+        ("mid_cluster", "CLUSTER t USING t_pkey"),
+        ("mid_alter", "ALTER TABLE t ALTER n TYPE bigint"),
+        (
+            "mid_truncate",
+            "BEGIN; TRUNCATE t; INSERT INTO t SELECT * FROM kept; COMMIT",
+        ),
+    ] {
+        let database = large(name);
+        let mut client = database.connect();
+        // Rows of before the rotation, which a TRUNCATE brings back in the same transaction.
+        client.run("CREATE TABLE kept AS SELECT * FROM t");
+        to_the_middle(&mut client);
+        client.run(rewrite);
+        // The same session goes on: what it remembers of the old file counts no more either.
+        client.run("SELECT rekey.reencrypt_step('t', false)");
+        assert!(
+            client.truth(
+                "SELECT file_node = pg_relation_filenode('t') AND rows_scanned > 0
+                    AND cursor_block + blocks_left = blocks_total FROM rekey.progress_state"
+            ),
+            "{rewrite}: {:?}",
+            client.rows("SELECT * FROM rekey.progress_state")
+        );
+        let (mut noticing, notices) = database.cluster.connect_noticing(&database.name);
+        noticing.run("CALL rekey.reencrypt()");
+        let notices = notices.lock().expect("the notices").join("\n");
+        assert!(
+            !notices.contains("the proof found"),
+            "{rewrite}: the pass has left rows out: {notices}"
+        );
+        assert_eq!(states(&mut client), ["drained", "active"], "{rewrite}");
+        assert_eq!((client.number(STALE), client.number(WRONG)), (0, 0));
+    }
+}
+
+#[test]
+fn a_table_that_is_dropped_in_the_middle_of_its_pass_holds_up_no_other() {
+    let database = large("mid_drop");
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE u AS SELECT id, c, shadow FROM t WHERE id <= 20;
+         SELECT rekey.register_column('u', 'c')",
+    );
+    to_the_middle(&mut client);
+    client.run("DROP TABLE t");
+    reencrypt(&mut client);
+    assert_eq!(states(&mut client), ["drained", "active"]);
+    assert_eq!(
+        client
+            .column("SELECT t->>'table' FROM rekey.slots, jsonb_array_elements(proof->'tables') t"),
+        ["public.u"]
+    );
+    let opened = "SELECT count(*) FROM u WHERE decrypt_col(c) = shadow AND NOT rekey.is_stale(c)";
+    assert_eq!(client.number(opened), 20);
 }
 
 #[test]
@@ -876,6 +984,16 @@ fn compromised_slots_are_drained_first_and_a_proof_of_them_is_void() {
         3
     );
     assert_eq!(client.number(WRONG), 0);
+    // The other key waits until the compromised slot is proved, by a proof of its own.
+    assert_eq!(
+        client.column("SELECT key_name FROM rekey.audit WHERE action = 'drain' ORDER BY audit_id"),
+        ["pii", "pii", "pii", "b"]
+    );
+    assert!(client.truth(
+        "SELECT max(drained_at) FILTER (WHERE key_name = 'pii')
+                < min((proof->>'at')::timestamptz) FILTER (WHERE key_name = 'b')
+           FROM rekey.slots WHERE state = 'drained'"
+    ));
 }
 
 #[test]
@@ -983,6 +1101,61 @@ fn the_evidence_of_a_key_tells_its_slots_proofs_and_acts() {
         ),
         0
     );
+    let acts = |client: &mut Client, of: &str| {
+        client.column(&format!(
+            "SELECT a->>'action' FROM jsonb_array_elements(({of})->'acts') AS a"
+        ))
+    };
+    // Acts on no key in particular, whichever key is asked for.
+    client.run(
+        "SELECT rekey.pause('t'); SELECT rekey.resume('t'); SELECT rekey.enable_touch('t');
+         SELECT rekey.unregister_column('t', 'c')",
+    );
+    let of_none = acts(&mut client, "SELECT rekey.evidence('pii')");
+    for action in [
+        "init_root_key",
+        "register_column",
+        "pause",
+        "resume",
+        "enable_touch",
+        "unregister_column",
+    ] {
+        assert!(
+            of_none.iter().any(|act| act == action),
+            "{action}: {of_none:?}"
+        );
+    }
+    let later = "SELECT rekey.evidence('pii', now() + interval '1 day')";
+    assert!(acts(&mut client, later).is_empty());
+    // Every act of the log is in the document of all keys, those of a dropped key too.
+    client.run(
+        "SELECT rekey.create_key('gone', grace => '0'); SELECT rotate_key('gone');
+         SELECT rekey.shred_key('gone', 'over'); SELECT rekey.drop_key('gone')",
+    );
+    client.run("CREATE TEMP TABLE every AS SELECT rekey.evidence() AS e");
+    assert_eq!(
+        client.number(
+            "SELECT jsonb_array_length(e->'acts') + (SELECT sum(jsonb_array_length(k->'acts'))
+                 FROM jsonb_array_elements(e->'keys') AS k)::int FROM every"
+        ),
+        client.number("SELECT count(*) FROM rekey.audit")
+    );
+    client.run("CREATE TEMP TABLE g AS SELECT rekey.evidence('gone') #> '{keys,0}' AS e");
+    assert_eq!(
+        client.column("SELECT s->>'state' FROM g, jsonb_array_elements(e->'slots') AS s"),
+        ["destroyed", "destroyed"]
+    );
+    assert_eq!(
+        acts(&mut client, "SELECT e FROM g")
+            .last()
+            .map(String::as_str),
+        Some("drop_key")
+    );
+    assert!(client.truth(
+        "SELECT e->>'dropped_at' IS NOT NULL AND e->>'cryptoperiod_kept' IS NULL
+            AND e->>'key_name' = 'gone' FROM g"
+    ));
+    assert!(client.truth("SELECT e #>> '{keys,0,dropped_at}' IS NULL FROM e"));
     client.run("BEGIN READ ONLY; SELECT rekey.evidence('pii')");
     assert!(client.truth("SELECT pg_current_xact_id_if_assigned() IS NULL"));
     client.run("COMMIT");

@@ -567,10 +567,31 @@ fn every_object_of_the_extension_has_a_comment() {
     assert!(bare.is_empty(), "{bare:?}");
     let columns = client.column(
         "SELECT attrelid::regclass || '.' || attname FROM pg_attribute JOIN pg_class c \
-         ON c.oid = attrelid WHERE relnamespace = 'rekey'::regnamespace AND relkind = 'r' \
-         AND attnum > 0 AND col_description(attrelid, attnum) IS NULL",
+         ON c.oid = attrelid WHERE relnamespace = 'rekey'::regnamespace AND relkind IN ('r', 'v') \
+         AND attnum > 0 AND NOT attisdropped AND col_description(attrelid, attnum) IS NULL",
     );
     assert!(columns.is_empty(), "{columns:?}");
+    // Of tables of the extension: no members of it, but they go with it all the same.
+    let triggers = client.column(
+        "SELECT tgname || ' on ' || tgrelid::regclass FROM pg_trigger t JOIN pg_class c \
+         ON c.oid = tgrelid WHERE relnamespace = 'rekey'::regnamespace AND NOT tgisinternal \
+         AND obj_description(t.oid, 'pg_trigger') IS NULL",
+    );
+    assert!(triggers.is_empty(), "{triggers:?}");
+    // An index of a constraint is that constraint.
+    let indexes = client.column(
+        "SELECT c.oid::regclass FROM pg_class c WHERE relnamespace = 'rekey'::regnamespace \
+         AND relkind = 'i' AND obj_description(c.oid, 'pg_class') IS NULL \
+         AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = c.oid)",
+    );
+    assert!(indexes.is_empty(), "{indexes:?}");
+    let looked_at = client.number(
+        "SELECT least((SELECT count(*) FROM pg_trigger WHERE tgname = 'yield_to_local'), \
+                      (SELECT count(*) FROM pg_class WHERE relname = 'key_slot_active'), \
+                      (SELECT count(*) FROM pg_class WHERE relkind = 'v' \
+                          AND relnamespace = 'rekey'::regnamespace))",
+    );
+    assert!(looked_at > 0);
     let keyless = client.column(
         "SELECT oid::regclass FROM pg_class c WHERE relnamespace = 'rekey'::regnamespace \
          AND relkind = 'r' AND NOT EXISTS (SELECT FROM pg_index WHERE indrelid = c.oid \

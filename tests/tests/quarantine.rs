@@ -410,6 +410,65 @@ fn a_hostile_owner_gains_nothing_and_delays_no_other_table() {
 }
 
 #[test]
+fn a_rule_or_a_deferred_trigger_that_comes_after_the_registration_has_the_table_refused() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("rekey.work_ratio = 1")
+            .set("rekey.databases = 'later'"),
+    );
+    let database = cluster.database("later");
+    let owner = database.role("owner");
+    let mut client = database.connect();
+    client.run(&format!(
+        "SELECT rekey.create_key('pii', grace => '0');
+         CREATE TABLE honest (c bytea);
+         INSERT INTO honest SELECT encrypt_col('v' || i, 'pii') FROM generate_series(1, 50) AS i;
+         CREATE TABLE ruled AS SELECT * FROM honest; CREATE TABLE late AS SELECT * FROM honest;
+         CREATE TABLE seen (who name);
+         GRANT ALL ON SCHEMA public TO {owner};
+         ALTER TABLE ruled OWNER TO {owner}; ALTER TABLE late OWNER TO {owner};
+         ALTER TABLE seen OWNER TO {owner};
+         SELECT rekey.register_column('honest', 'c')"
+    ));
+    let mut evil = database.connect_as(&owner);
+    evil.run(
+        "SELECT rekey.register_column(t, 'c') FROM unnest('{ruled,late}'::regclass[]) AS t;
+         CREATE RULE instead AS ON UPDATE TO ruled
+             DO INSTEAD INSERT INTO seen VALUES (current_user);
+         ALTER TABLE ruled ENABLE ALWAYS RULE instead;
+         CREATE FUNCTION spy() RETURNS trigger LANGUAGE plpgsql AS
+             'BEGIN INSERT INTO public.seen VALUES (current_user); RETURN NULL; END';
+         CREATE CONSTRAINT TRIGGER at_commit AFTER UPDATE ON late DEFERRABLE INITIALLY DEFERRED
+             FOR EACH ROW EXECUTE FUNCTION spy();
+         ALTER TABLE late ENABLE ALWAYS TRIGGER at_commit",
+    );
+    client.run("SELECT rotate_key('pii')");
+    wait_until("the honest table is done", || {
+        stale(&mut client, "honest") == 0
+    });
+    for (table, words) in [("ruled", "rule"), ("late", "DEFERRED: at_commit")] {
+        let why = format!(
+            "SELECT coalesce(max(waits_for), '') FROM rekey.progress
+              WHERE table_name = '{table}'::regclass"
+        );
+        wait_until("the table is refused", || client.text(&why).contains(words));
+        assert_eq!(stale(&mut client, table), 50, "{table}");
+    }
+    assert_eq!(
+        client.number("SELECT count(*) FROM seen"),
+        0,
+        "none of it ran"
+    );
+    assert_eq!(states(&mut client), ["previous", "active"]);
+    client.run("DROP RULE instead ON ruled; DROP TRIGGER at_commit ON late");
+    client.run("CALL rekey.reencrypt()");
+    wait_until("both are done", || {
+        states(&mut client) == ["drained", "active"]
+    });
+    assert_eq!(client.number("SELECT count(*) FROM seen"), 0);
+}
+
+#[test]
 fn code_that_swallows_every_cancel_delays_no_other_table() {
     let cluster = Cluster::start(
         Options::preloaded()

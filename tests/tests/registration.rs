@@ -46,12 +46,15 @@ fn what_is_no_table_is_refused_with_its_kind() {
         "CREATE VIEW v AS SELECT c FROM t;
          CREATE MATERIALIZED VIEW m AS SELECT c FROM t;
          CREATE TEMP TABLE tmp (c bytea);
+         CREATE FOREIGN DATA WRAPPER nothing; CREATE SERVER far FOREIGN DATA WRAPPER nothing;
+         CREATE FOREIGN TABLE f (c bytea) SERVER far;
          CREATE SEQUENCE s",
     );
     for (table, kind) in [
         ("v", "a view"),
         ("m", "a materialized view"),
         ("tmp", "a temporary table"),
+        ("f", "a foreign table"),
         ("s", "no table"),
         ("pg_catalog.pg_statistic", "a system table"),
         ("rekey.slot_wrap", "a system table"),
@@ -102,8 +105,36 @@ fn columns_that_cannot_change_their_bytes_are_refused() {
 fn a_domain_over_bytea_is_accepted() {
     let database = database("domains");
     let mut client = database.connect();
-    client.run("CREATE DOMAIN sealed AS bytea; CREATE TABLE d (c sealed)");
-    client.run("SELECT rekey.register_column('d', 'c')");
+    client.run(
+        "CREATE DOMAIN sealed AS bytea CHECK (rekey.is_envelope(VALUE));
+         CREATE DOMAIN customers AS sealed NOT NULL;
+         CREATE TABLE d (id int, c sealed, n customers);
+         INSERT INTO d SELECT i, encrypt_col('c' || i, 'pii'),
+                encrypt_col('n' || i, 'pii', rekey.context('d.n', i::text))
+           FROM generate_series(1, 5) AS i",
+    );
+    client.run(
+        "SELECT rekey.register_column('d', 'c');
+         SELECT rekey.register_column('d', 'n', 'rekey.context(''d.n'', id::text)')",
+    );
+    client.run("SELECT rotate_key('pii')");
+    client.run("CALL rekey.reencrypt()");
+    assert_eq!(
+        client
+            .number("SELECT count(*) FROM d WHERE NOT rekey.is_stale(c) AND NOT rekey.is_stale(n)"),
+        5
+    );
+    assert_eq!(
+        client.number(
+            "SELECT count(*) FROM d WHERE decrypt_col(c) = 'c' || id
+                AND decrypt_col(n, rekey.context('d.n', id::text)) = 'n' || id"
+        ),
+        5
+    );
+    assert_eq!(
+        client.column("SELECT state FROM rekey.slots ORDER BY version"),
+        ["drained", "active"]
+    );
 }
 
 #[test]

@@ -4,9 +4,10 @@
 //!
 //! The oracle: `shadow` holds in the same row what `c` seals, `mirror` repeats every row and is kept
 //! by the same transactions, `log` names each transaction, and each client remembers which of its
-//! transactions the server has confirmed. It is asked each time a slot has been destroyed, and at
-//! the end. A value that a client keeps is stored by the transaction that sealed or read it:
-//! copies that outlive it are documented as not covered.
+//! transactions the server has confirmed. The rows of `bound` stay; they are sealed under a second
+//! key, whose slots are disabled instead of destroyed, each with a context. It is asked each time a
+//! slot has ended, and at the end. A value that a client keeps is stored by the transaction that
+//! sealed or read it: copies that outlive it are documented as not covered.
 //!
 //! The short form takes about half a minute. `REKEY_TORTURE_MINUTES=N` runs N minutes. What each
 //! thread tries follows from the seed, printed at the end and on failure and set by
@@ -34,22 +35,42 @@ const DRAIN: Duration = Duration::from_secs(120);
 /// The boundaries within a rotation: beside those of the worker the killer lies in wait there.
 const OF_A_ROTATION: [&str; 2] = ["rotate.superseded", "rotate.activated"];
 
+/// Rows of the second table.
+const BOUND: u64 = 300;
+
 /// What the run must have seen, so that the checks are not vacuous.
-const ROTATIONS: u64 = 6;
-const CRASHES: u64 = 3;
-const CHECKS: u64 = 1;
+struct Floors {
+    rotations: u64,
+    crashes: u64,
+    checks: u64,
+}
+
+impl Floors {
+    /// Of the short form, or of so many minutes: 200 rotations and 30 crashes in 20.
+    fn of(minutes: Option<u64>) -> Floors {
+        let minutes = minutes.unwrap_or(0);
+        Floors {
+            rotations: 6.max(10 * minutes),
+            crashes: 3.max(3 * minutes / 2),
+            checks: 1.max(minutes / 2),
+        }
+    }
+}
 
 /// The oracle's questions and its answers when nothing is lost, asked in one snapshot.
 const ORACLE: &str = "SELECT \
     (SELECT count(*) FROM t WHERE decrypt_col(c) IS DISTINCT FROM shadow) AS wrong, \
-    (SELECT count(*) FROM t WHERE rekey.slot_id(c) IN \
-        (SELECT slot_id FROM rekey.slots WHERE state = 'destroyed')) AS orphaned, \
+    (SELECT count(*) FROM bound WHERE decrypt_col(c, rekey.context('bound.c', id::text)) \
+        IS NOT DISTINCT FROM shadow) AS bound, \
+    (SELECT count(*) FROM (SELECT c FROM t UNION ALL SELECT c FROM bound) AS x \
+      WHERE rekey.slot_id(c) IN \
+        (SELECT slot_id FROM rekey.slots WHERE state IN ('disabled', 'destroyed'))) AS orphaned, \
     (SELECT count(*) FROM rekey.slots WHERE state = 'active') AS active, \
     (SELECT count(*) FROM (SELECT id, shadow, n FROM t \
         EXCEPT ALL SELECT id, shadow, n FROM mirror) AS x) AS surplus, \
     (SELECT count(*) FROM (SELECT id, shadow, n FROM mirror \
         EXCEPT ALL SELECT id, shadow, n FROM t) AS x) AS lost";
-const NOTHING_LOST: [&str; 5] = ["0", "0", "1", "0", "0"];
+const NOTHING_LOST: [&str; 6] = ["0", "300", "0", "2", "0", "0"];
 
 /// SplitMix64.
 struct Random(u64);
@@ -94,6 +115,7 @@ struct Stage {
     seed: u64,
     begun: Instant,
     long: bool,
+    floors: Floors,
     /// The rotator and the killer end.
     calm: AtomicBool,
     /// The clients and the observer end.
@@ -135,6 +157,13 @@ fn add(count: &AtomicU64) {
 impl Stage {
     fn random(&self, thread: u64) -> Random {
         Random(Random(self.seed ^ (thread << 32)).next())
+    }
+
+    fn has_seen_enough(&self) -> bool {
+        get(&self.rotations) >= self.floors.rotations
+            && get(&self.crashes) >= self.floors.crashes
+            && get(&self.checks) >= self.floors.checks
+            && get(&self.postmasters) >= 1
     }
 
     fn is_calm(&self) -> bool {
@@ -353,7 +382,7 @@ impl Writer<'_> {
 
     fn operation(&mut self, client: &mut Client, repeatable: bool) -> Result<(), Error> {
         let (id, other, value) = (self.random.id(), self.random.id(), self.random.value());
-        match self.random.below(9) {
+        match self.random.below(10) {
             0 => insert(
                 client,
                 &format!("SELECT {id}, encrypt_col('{value}', 'pii'), '{value}', 0"),
@@ -403,6 +432,19 @@ impl Writer<'_> {
                       WHERE s.id = {id} AND t.id = {other} AND s.id <> t.id"
                 ),
             ),
+            9 => {
+                let row = 1 + id % BOUND;
+                let sealed = format!(
+                    "c = encrypt_col('{value}', 'bound', rekey.context('bound.c', id::text)), \
+                     shadow = '{value}'"
+                );
+                let set = if self.random.one_in(2) {
+                    "n = n + 1"
+                } else {
+                    &sealed
+                };
+                client.batch_execute(&format!("UPDATE bound SET {set} WHERE id = {row}"))
+            }
             // A copy by way of the client, which only a snapshot protects.
             _ if repeatable => {
                 let rows = ask(
@@ -481,20 +523,21 @@ fn rotate(stage: &Stage) {
     let mut client = stage.session();
     while !stage.is_calm() {
         let back = random.one_in(6);
+        let key = if random.one_in(4) { "bound" } else { "pii" };
         let sql = if back {
-            "SELECT rekey.rollback_rotation('pii')"
+            format!("SELECT rekey.rollback_rotation('{key}')")
         } else {
-            "SELECT rotate_key('pii')"
+            format!("SELECT rotate_key('{key}')")
         };
-        match client.simple_query(sql) {
+        match client.simple_query(&sql) {
             Ok(_) => add(if back {
                 &stage.rollbacks
             } else {
                 &stage.rotations
             }),
-            // Whatever it would go back to has been destroyed.
+            // Whatever it would go back to has ended.
             Err(error) if back && code(&error) == "55000" => {}
-            Err(error) => judge(&error, sql),
+            Err(error) => judge(&error, &sql),
         }
         if client.is_closed() {
             client = stage.session();
@@ -592,7 +635,7 @@ fn crashed(client: &mut Client) -> bool {
     }
 }
 
-/// Asks the oracle each time a slot has been destroyed.
+/// Asks the oracle each time a slot has ended.
 fn observe(stage: &Stage) {
     let _alarm = Alarm(stage);
     let mut client = stage.session();
@@ -601,16 +644,16 @@ fn observe(stage: &Stage) {
         let mut look = || {
             let rows = ask(
                 &mut client,
-                "SELECT count(*) FROM rekey.slots WHERE state = 'destroyed'",
+                "SELECT count(*) FROM rekey.slots WHERE state IN ('disabled', 'destroyed')",
             )?;
-            let destroyed: u64 = rows[0][0].parse().expect("a number");
-            assert!(destroyed >= seen, "a tombstone is gone");
-            if destroyed > seen {
+            let ended: u64 = rows[0][0].parse().expect("a number");
+            assert!(ended >= seen, "a tombstone is gone");
+            if ended > seen {
                 let answers = ask(&mut client, ORACLE)?;
                 assert_eq!(answers[0], NOTHING_LOST, "{ORACLE}");
                 add(&stage.checks);
             }
-            seen = destroyed;
+            seen = ended;
             Ok::<(), Error>(())
         };
         if let Err(error) = look() {
@@ -669,19 +712,26 @@ fn nothing_is_lost_whatever_crashes() {
     database.connect().run(&format!(
         "SELECT rekey.create_key('pii', grace => '0');
          SELECT rekey.set_policy('pii', after_drain => 'destroy');
+         SELECT rekey.create_key('bound', grace => '0');
+         SELECT rekey.set_policy('bound', after_drain => 'disable', require_context => true);
          CREATE TABLE t (id int PRIMARY KEY, c bytea, shadow text, n int DEFAULT 0);
          CREATE TABLE mirror (id int PRIMARY KEY, shadow text, n int);
          CREATE TABLE log (client int, serial int, PRIMARY KEY (client, serial));
          INSERT INTO t SELECT i, encrypt_col('v' || i, 'pii'), 'v' || i
            FROM generate_series(1, {ROWS}) AS i;
          INSERT INTO mirror SELECT id, shadow, n FROM t;
-         SELECT rekey.register_column('t', 'c')"
+         CREATE TABLE bound (id int PRIMARY KEY, c bytea, shadow text, n int DEFAULT 0);
+         INSERT INTO bound SELECT i, encrypt_col('b' || i, 'bound',
+             rekey.context('bound.c', i::text)), 'b' || i FROM generate_series(1, {BOUND}) AS i;
+         SELECT rekey.register_column('t', 'c');
+         SELECT rekey.register_column('bound', 'c', 'rekey.context(''bound.c'', id::text)')"
     ));
     let stage = Stage {
         cluster,
         seed,
         begun: Instant::now(),
         long: minutes.is_some(),
+        floors: Floors::of(minutes),
         calm: AtomicBool::new(false),
         over: AtomicBool::new(false),
         rotations: AtomicU64::new(0),
@@ -700,13 +750,7 @@ fn nothing_is_lost_whatever_crashes() {
 
 /// Everything at once, for `span` and until the minima are reached.
 fn storm(stage: &Stage, span: Duration) -> Vec<Writer<'_>> {
-    let reached = || {
-        get(&stage.rotations) >= ROTATIONS
-            && get(&stage.crashes) >= CRASHES
-            && get(&stage.postmasters) >= 1
-            && get(&stage.ambushes) >= 1
-            && get(&stage.checks) >= CHECKS
-    };
+    let reached = || stage.has_seen_enough() && get(&stage.ambushes) >= 1;
     thread::scope(|scope| {
         let _alarm = Alarm(stage);
         let writers: Vec<_> = (1..=CLIENTS)
@@ -744,7 +788,7 @@ fn reckon(stage: &Stage, mut writers: Vec<Writer<'_>>) {
     add(&stage.crashes);
     add(&stage.postmasters);
     let mut client = stage.session();
-    client.run("SELECT rotate_key('pii')");
+    client.run("SELECT rotate_key('pii'), rotate_key('bound')");
     add(&stage.rotations);
     let left = client.column("SELECT gid FROM pg_prepared_xacts ORDER BY gid");
     for writer in &writers {
@@ -774,8 +818,7 @@ fn reckon(stage: &Stage, mut writers: Vec<Writer<'_>>) {
     }
 
     let deadline = Instant::now() + DRAIN;
-    let waiting =
-        "SELECT count(*) FROM rekey.slots WHERE state NOT IN ('active', 'drained', 'destroyed')";
+    let waiting = "SELECT count(*) FROM rekey.slots WHERE state IN ('pending', 'previous')";
     while client.number(waiting) > 0 {
         assert!(
             Instant::now() < deadline,
@@ -785,14 +828,18 @@ fn reckon(stage: &Stage, mut writers: Vec<Writer<'_>>) {
         sleep(Duration::from_millis(20));
     }
     let destroyed = "SELECT count(*) FROM rekey.slots WHERE state = 'destroyed'";
-    while client.number(destroyed) == 0 {
+    let disabled = "SELECT count(*) FROM rekey.slots WHERE state = 'disabled'";
+    while client.number(destroyed) == 0 || client.number(disabled) == 0 {
         assert!(
             Instant::now() < deadline,
-            "no slot is destroyed: {}",
+            "no slot is destroyed, or none disabled: {}",
             situation(&mut client)
         );
         sleep(Duration::from_millis(20));
     }
+    let ends = "SELECT string_agg(DISTINCT key_name || ' ' || state, ', ' ORDER BY key_name || ' ' \
+                || state) FROM rekey.slots WHERE state IN ('disabled', 'destroyed')";
+    assert_eq!(client.text(ends), "bound disabled, pii destroyed");
     let answers = ask(&mut client, ORACLE).expect("the oracle's answers");
     assert_eq!(answers[0], NOTHING_LOST, "{ORACLE}");
 
@@ -825,12 +872,11 @@ fn reckon(stage: &Stage, mut writers: Vec<Writer<'_>>) {
             "{line}"
         );
     }
-    assert!(get(&stage.rotations) >= ROTATIONS && get(&stage.checks) >= CHECKS);
-    assert!(get(&stage.crashes) >= CRASHES && get(&stage.postmasters) >= 1);
+    assert!(stage.has_seen_enough());
     eprintln!(
         "torture: {} rotations, {} rolled back, {} crashes ({} of the postmaster, {} at a \
          boundary), {} transactions, \
-         {} left prepared, {} slots destroyed, {} checks on the way, {} s, seed {}",
+         {} left prepared, {} slots destroyed, {} disabled, {} checks on the way, {} s, seed {}",
         get(&stage.rotations),
         get(&stage.rollbacks),
         get(&stage.crashes),
@@ -839,6 +885,7 @@ fn reckon(stage: &Stage, mut writers: Vec<Writer<'_>>) {
         get(&stage.transactions),
         left.len(),
         client.number(destroyed),
+        client.number(disabled),
         get(&stage.checks),
         stage.begun.elapsed().as_secs(),
         stage.seed

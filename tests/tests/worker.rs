@@ -1,6 +1,6 @@
 //! The background worker: woken by a commit, silent otherwise, in nobody's way.
 
-use rekey_tests::{Ask, Cluster, Database, Options, long_runs, wait_until};
+use rekey_tests::{Ask, Cluster, Database, GATE, Options, long_runs, wait_until};
 
 use postgres::Client;
 
@@ -85,6 +85,31 @@ fn a_committed_rotation_is_drained_and_one_that_is_not_is_left_alone() {
 }
 
 #[test]
+fn a_committed_rotation_wakes_it_at_once() {
+    let cluster = cluster();
+    let mut client = prepare(&cluster.database("prompt"));
+    // That nothing polls at all is shown below. Here: however loaded the machine is, five times in a
+    // row within 5 s, and within one second where the machine lets it.
+    let mut waits: Vec<f64> = Vec::new();
+    for round in 1..=5 {
+        wait_until("no worker is there", || workers(&mut client) == 0);
+        client.run("SELECT rotate_key('pii')");
+        wait_until("the rotation is drained", || drained(&mut client) == round);
+        let wait = client.text(
+            "SELECT extract(epoch FROM p.started_at - max(s.superseded_at))
+               FROM rekey.progress p, rekey.slots s GROUP BY p.started_at",
+        );
+        waits.push(wait.parse().expect("seconds"));
+    }
+    println!("from rotation to pass: {waits:?} s");
+    assert!(
+        waits.iter().all(|wait| (0.0..5.0).contains(wait)),
+        "{waits:?}"
+    );
+    assert!(waits.iter().any(|wait| *wait < 1.0), "{waits:?}");
+}
+
+#[test]
 fn with_nothing_stale_it_is_silent() {
     // Nobody else may write: neither autovacuum nor the background writer's standby snapshots.
     let cluster = Cluster::start(
@@ -136,7 +161,7 @@ fn several_databases_take_turns_and_ones_without_the_extension_are_left() {
             .set("rekey.work_ratio = 1")
             .set("rekey.max_workers = 1"),
     );
-    cluster.empty_database("bare", "");
+    let bare = cluster.empty_database("bare", "");
     let mut clients: Vec<Client> = ["one", "two", "three"]
         .map(|name| prepare(&cluster.database(name)))
         .into_iter()
@@ -145,9 +170,76 @@ fn several_databases_take_turns_and_ones_without_the_extension_are_left() {
         client.run("SELECT rotate_key('pii')");
     }
     for client in &mut clients {
-        wait_until("every database is drained", || drained(client) == 1);
+        wait_until("every database is drained", || {
+            assert!(workers(client) <= 1, "rekey.max_workers is 1");
+            drained(client) == 1
+        });
     }
-    clients[0].run("CREATE EXTENSION IF NOT EXISTS pg_rekey");
+    assert!(
+        !cluster.log().contains("a step failed"),
+        "the bare one is no failure"
+    );
+    bare.install();
+    let mut client = prepare(&bare);
+    client.run("SELECT rotate_key('pii')");
+    wait_until("it is served once it has the extension", || {
+        drained(&mut client) == 1
+    });
+}
+
+#[test]
+fn an_extension_that_is_dropped_under_a_working_worker_leaves_it_free_for_other_databases() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("rekey.work_ratio = 1")
+            .set("rekey.max_workers = 1")
+            .set("deadlock_timeout = 100ms"),
+    );
+    let database = cluster.database("dropped");
+    let mut client = prepare(&database);
+    let mut other = prepare(&cluster.database("other"));
+    wait_until("no worker is left", || workers(&mut client) == 0);
+    let mut gate = database.connect();
+    gate.run(&format!("SELECT pg_advisory_lock({GATE})"));
+    cluster.arm("batch.advanced", "wait");
+    client.run("SELECT rotate_key('pii')");
+    wait_until("the worker stands in the middle of a batch", || {
+        client.number("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+            == 1
+    });
+    let mut session = database.connect();
+    let pid = session.number("SELECT pg_backend_pid()");
+    session.run("SET rekey.allow_drop = on");
+    let dropping = std::thread::spawn(move || {
+        // The two may stand in a deadlock, and either one may be its victim.
+        wait_until("the extension is dropped", || {
+            match session.attempt("DROP EXTENSION pg_rekey") {
+                Ok(()) => true,
+                Err(refusal) if refusal.code == "40P01" => false,
+                Err(refusal) => panic!("{}", refusal.text()),
+            }
+        });
+    });
+    let waits = format!("SELECT count(*) FROM pg_locks WHERE pid = {pid} AND NOT granted");
+    wait_until("the DROP waits for the worker", || {
+        client.number(&waits) == 1
+    });
+    other.run("SELECT rotate_key('pii')");
+    gate.run(&format!("SELECT pg_advisory_unlock({GATE})"));
+    dropping.join().expect("DROP EXTENSION");
+    wait_until("the other database is drained", || drained(&mut other) == 1);
+    wait_until("no worker is left there", || workers(&mut other) == 0);
+    assert_eq!(
+        other.number("SELECT count(*) FROM t WHERE decrypt_col(c) = 'v' || id"),
+        100
+    );
+    assert!(!cluster.log().contains("terminated by signal"));
+    // And one that is made there anew is served as any other.
+    client.run("DROP TABLE t");
+    database.install();
+    let mut client = prepare(&database);
+    client.run("SELECT rotate_key('pii')");
+    wait_until("the new one is drained", || drained(&mut client) == 1);
 }
 
 #[test]
@@ -292,6 +384,7 @@ fn more_databases_than_the_board_has_room_for_are_served() {
 fn it_is_switched_off_and_on_by_a_reload() {
     let cluster = cluster();
     let mut client = prepare(&cluster.database("switched"));
+    let mut elsewhere = prepare(&cluster.database("elsewhere"));
     client.run("ALTER SYSTEM SET rekey.worker = off");
     cluster.reload(&mut client);
     wait_until("no worker is left", || workers(&mut client) == 0);
@@ -300,7 +393,20 @@ fn it_is_switched_off_and_on_by_a_reload() {
     client.run("ALTER SYSTEM SET rekey.worker = on");
     cluster.reload(&mut client);
     client.run("SELECT rotate_key('pii')");
+    // What is wanted later than here is served, more than once: the worker is on, and passes by.
+    for round in 1..=2 {
+        elsewhere.run("SELECT rotate_key('pii')");
+        wait_until("the database on the list is drained", || {
+            drained(&mut elsewhere) == round
+        });
+        wait_until("no worker is left", || workers(&mut client) == 0);
+    }
     assert_eq!(drained(&mut client), 0);
+    assert_eq!(
+        client.number("SELECT count(*) FROM rekey.progress_state"),
+        0,
+        "no worker has begun here"
+    );
     client.run("ALTER SYSTEM SET rekey.databases = 'elsewhere, switched'");
     cluster.reload(&mut client);
     client.run("SELECT rotate_key('pii')");

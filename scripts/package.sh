@@ -116,9 +116,11 @@ package() { # MAJOR
             "$stage/usr/share/postgresql/$major/extension/$(basename "$file")"
     done
     doc=$stage/usr/share/doc/$name
-    for file in README.md CHANGELOG.md SECURITY.md docs/{,incidents/}*.md examples/reader/*.py; do
-        install -D -m 0644 "$file" "$doc/$file"
-    done
+    # The examples keep their mode: some are programs.
+    while IFS= read -r -d '' file; do
+        install -D -m "$(stat -c %a "$file")" "$file" "$doc/$file"
+    done < <(git ls-files -z -- README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE docs examples)
+    scripts/links.sh "$doc"
     copyright "$major" >"$doc/copyright"
     changelog "$name" | gzip -9n >"$doc/changelog.Debian.gz"
     ! grep -qF -e "$REKEY_ROOT" -e "$HOME/" "$library" ||

@@ -119,7 +119,8 @@ package() { # MAJOR
     # The examples keep their mode: some are programs.
     while IFS= read -r -d '' file; do
         install -D -m "$(stat -c %a "$file")" "$file" "$doc/$file"
-    done < <(git ls-files -z -- README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE docs examples)
+    done < <(git ls-files -z -- README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE docs \
+        examples)
     scripts/links.sh "$doc"
     copyright "$major" >"$doc/copyright"
     changelog "$name" | gzip -9n >"$doc/changelog.Debian.gz"

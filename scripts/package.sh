@@ -40,7 +40,8 @@ majors() {
 }
 
 # A panic's text names source files: cargo's folder and ours by fixed names. The variable adds to
-# the linker flags that cargo-pgrx passes, where RUSTFLAGS would replace them.
+# the linker flags that cargo-pgrx passes, where RUSTFLAGS would replace them. pgrx's bit of C, which
+# lies in the target folder, names its file where it waits for a spinlock.
 build() { # MAJOR
     local triple home=${CARGO_HOME:-$HOME/.cargo} variable
     triple=$(rustc -vV | sed -n 's/^host: //p')
@@ -51,8 +52,9 @@ build() { # MAJOR
         flags+=" --remap-path-prefix=$registry=/usr/share/cargo/registry"
     done
     # A stamp of the work tree would not tell this build from a plain one: a folder of its own.
-    env "$variable=$flags" REKEY_WORK="$REKEY_WORK/package" REKEY_PG="$1" \
-        PG_CONFIG_"$1"="$(source_config "$1")" scripts/build.sh release
+    env "$variable=$flags" CFLAGS="-ffile-prefix-map=$REKEY_ROOT=/usr/src/pg-rekey ${CFLAGS:-}" \
+        REKEY_WORK="$REKEY_WORK/package" REKEY_PG="$1" PG_CONFIG_"$1"="$(source_config "$1")" \
+        scripts/build.sh release
     REKEY_WORK=$REKEY_WORK/package scripts/prefix.sh "$1" release
 }
 

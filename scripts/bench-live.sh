@@ -85,14 +85,13 @@ end_tries=$(patiently "SELECT rekey.finish_encrypt_column('customer', 'email')")
 finished=$(since "$began")
 wal=$(sql "SELECT pg_current_wal_insert_lsn() - '$lsn'")
 grown=$(sql "SELECT round(pg_table_size('customer')::numeric / $size, 2)")
-# Before the clients are cut off, which the server calls fatal.
+# The alarm that pgbench sets for the end of its -T: it finishes its transactions and writes out its
+# log, where any other signal would cut both off.
+kill -ALRM "$bench" 2>/dev/null || true
+wait "$bench" || { cat "$SCRATCH/bench.err" >&2; die "the clients have failed"; }
 in_log() { as_server grep -E "$1" "$CLUSTER_DIR/server.log" | grep -vc 'lock timeout' || true; }
 errors=$(in_log '(ERROR|FATAL|PANIC):')
 lock_waits=$(in_log 'still waiting for')
-# pgbench writes its log by blocks: those of the end must be out. A child of a script ignores INT.
-sleep 3
-kill "$bench" 2>/dev/null || true
-wait "$bench" || true
 # time is from the scheduled start on; the client's own lag is no wait for the server.
 longest_where() {
     awk "$1"'{ t = ($3 - $7) / 1000; if (t > max) max = t } END { printf "%.1f", max }' "$SCRATCH"/log.*

@@ -81,6 +81,7 @@ for file in README.md.gz README.md changelog.Debian.gz copyright; do
     if [ -e "$root/usr/share/doc/$name/$file" ]; then say "    has $file"; fi
 done
 [ -f "$root/usr/share/doc/$name/copyright" ] || die "the package has no copyright file"
+"$REKEY_ROOT/scripts/links.sh" "$root/usr/share/doc/$name"
 
 say "3. A cluster, set up as the README says"
 inside pg_createcluster "$major" rekey -- -A trust --no-sync >/dev/null

@@ -40,7 +40,8 @@ majors() {
 }
 
 # A panic's text names source files: cargo's folder and ours by fixed names. The variable adds to
-# the linker flags that cargo-pgrx passes, where RUSTFLAGS would replace them.
+# the linker flags that cargo-pgrx passes, where RUSTFLAGS would replace them. pgrx's bit of C, which
+# lies in the target folder, names its file where it waits for a spinlock.
 build() { # MAJOR
     local triple home=${CARGO_HOME:-$HOME/.cargo} variable
     triple=$(rustc -vV | sed -n 's/^host: //p')
@@ -51,8 +52,9 @@ build() { # MAJOR
         flags+=" --remap-path-prefix=$registry=/usr/share/cargo/registry"
     done
     # A stamp of the work tree would not tell this build from a plain one: a folder of its own.
-    env "$variable=$flags" REKEY_WORK="$REKEY_WORK/package" REKEY_PG="$1" \
-        PG_CONFIG_"$1"="$(source_config "$1")" scripts/build.sh release
+    env "$variable=$flags" CFLAGS="-ffile-prefix-map=$REKEY_ROOT=/usr/src/pg-rekey ${CFLAGS:-}" \
+        REKEY_WORK="$REKEY_WORK/package" REKEY_PG="$1" PG_CONFIG_"$1"="$(source_config "$1")" \
+        scripts/build.sh release
     REKEY_WORK=$REKEY_WORK/package scripts/prefix.sh "$1" release
 }
 
@@ -116,9 +118,12 @@ package() { # MAJOR
             "$stage/usr/share/postgresql/$major/extension/$(basename "$file")"
     done
     doc=$stage/usr/share/doc/$name
-    for file in README.md CHANGELOG.md SECURITY.md docs/{,incidents/}*.md examples/reader/*.py; do
-        install -D -m 0644 "$file" "$doc/$file"
-    done
+    # The examples keep their mode: some are programs.
+    while IFS= read -r -d '' file; do
+        install -D -m "$(stat -c %a "$file")" "$file" "$doc/$file"
+    done < <(git ls-files -z -- README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE docs \
+        examples)
+    scripts/links.sh "$doc"
     copyright "$major" >"$doc/copyright"
     changelog "$name" | gzip -9n >"$doc/changelog.Debian.gz"
     ! grep -qF -e "$REKEY_ROOT" -e "$HOME/" "$library" ||

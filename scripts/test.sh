@@ -14,7 +14,7 @@ describe_stage() {
     case $1 in
     fmt) echo "formatting" ;;
     clippy) echo "clippy, warnings are errors" ;;
-    shell) echo "shell scripts (shellcheck, where installed); released SQL is as it was" ;;
+    shell) echo "shell scripts (shellcheck, where installed); links; released SQL is as it was" ;;
     core) echo "the pure core: unit and property tests" ;;
     vectors) echo "the pure core, release: accumulated vectors of XAES-256-GCM" ;;
     fuzz) echo "fuzz runner over the parsers" ;;
@@ -39,6 +39,7 @@ stage_clippy() {
 stage_shell() {
     bash -n scripts/*.sh .ci/run examples/root-key/*.sh || return 1
     scripts/freeze.sh --check || return 1
+    scripts/links.sh || return 1
     if command -v shellcheck >/dev/null; then
         shellcheck -x scripts/*.sh .ci/run examples/root-key/*.sh
     else

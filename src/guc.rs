@@ -299,7 +299,7 @@ fn init_worker() {
         (
             c"rekey.max_dead_ratio",
             c"Share of dead rows of a table at which re-encryption waits for vacuum.",
-            c"0 is no limit.",
+            c"Acts from 100,000 dead rows on, where autovacuum is on; 0 is no limit.",
             &MAX_DEAD_RATIO,
             0.0,
             1.0,

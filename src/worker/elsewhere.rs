@@ -14,7 +14,8 @@ use pgrx::pg_sys::{self, Oid};
 use rekey_core::envelope::{CIPHERTEXT_AT, SlotId};
 use serde_json::{Value, json};
 
-use super::proof::{self, CHUNK, Pace, Verdict};
+use super::pace::Pace;
+use super::proof::{self, CHUNK, Verdict, Voice};
 use crate::error::Result;
 use crate::failpoint;
 use crate::ffi::sql;
@@ -107,7 +108,8 @@ pub fn all(leaves: &[Leaf], ratio: Option<f64>, max_age: Option<Duration>) -> Re
         snapshot: Snapshot::latest(),
         begin: Instant::now(),
         max_age,
-        pace: Pace::new(ratio),
+        pace: Pace::of_scan(ratio),
+        voice: Voice::new(),
     };
     let mut places = Vec::new();
     for source in &sources {
@@ -162,6 +164,7 @@ struct Reading {
     begin: Instant,
     max_age: Option<Duration>,
     pace: Pace,
+    voice: Voice,
 }
 
 impl Reading {
@@ -210,7 +213,7 @@ impl Reading {
             pgrx::check_for_interrupts!();
             failpoint::reach("elsewhere.chunk")?;
             let what = "places that are not registered";
-            self.pace.tell(what, &source.name, next, blocks);
+            self.voice.tell(what, &source.name, next, blocks);
             self.pace.rest();
         }
         let columns = source.columns.iter().zip(counts);

@@ -1,9 +1,9 @@
 //! Rests in the middle of a step, so that its work is spread over the time instead of coming in
 //! bursts.
 //!
-//! Called by src/worker/rewrite.rs between rows. Whoever commits flushes all WAL that was written
-//! before: after a burst of a tenth of a second that is megabytes, of which the application's next
-//! commits would wait for the disk.
+//! Called by src/worker/rewrite.rs between rows, by src/worker/proof.rs and src/worker/elsewhere.rs
+//! between chunks. Whoever commits flushes all WAL that was written before: after a burst of a tenth
+//! of a second that is megabytes, of which the application's next commits would wait for the disk.
 
 use std::time::{Duration, Instant};
 
@@ -14,41 +14,58 @@ use crate::guc;
 
 /// So much work at least is done between two rests: a rest has its price too. On two cores whoever
 /// wakes up beside a piece of 1 ms waits for its end; of 100 µs nothing more was gained.
-const PIECE: Duration = Duration::from_micros(250);
+const PIECE_OF_A_BATCH: Duration = Duration::from_micros(250);
+/// A scan writes nothing.
+const PIECE_OF_A_SCAN: Duration = Duration::from_millis(20);
+/// Of a scan that has waited for a lock the time by the clock was no work.
+const LONGEST: Duration = Duration::from_secs(1);
 
 /// Works a share of the time.
 pub struct Pace {
     ratio: Option<f64>,
-    within: Duration,
+    piece: Duration,
+    /// The time which a batch is to take. Rests that do not fit in come behind it: rows are locked,
+    /// and the clock of the owner's code runs.
+    within: Option<Duration>,
     begin: Instant,
     rested: Duration,
 }
 
 impl Pace {
-    /// Of a batch that begins now, with that share; None: without a rest. Rests that do not fit
-    /// into rekey.batch_target come behind the batch: rows are locked, and the clock of the owner's
-    /// code runs.
+    /// Of a batch that begins now, with that share; None: without a rest.
     pub fn of_batch(ratio: Option<f64>) -> Pace {
         Pace {
             ratio,
-            within: Duration::from_millis(guc::batch_target_ms()),
+            piece: PIECE_OF_A_BATCH,
+            within: Some(Duration::from_millis(guc::batch_target_ms())),
             begin: Instant::now(),
             rested: Duration::ZERO,
         }
     }
 
+    /// Of a scan that begins now.
+    pub fn of_scan(ratio: Option<f64>) -> Pace {
+        Pace {
+            piece: PIECE_OF_A_SCAN,
+            within: None,
+            ..Pace::of_batch(ratio)
+        }
+    }
+
     /// After a piece of work: rests when enough has been worked for it. A cancel gets through.
     pub fn rest(&mut self) {
+        let Some(ratio) = self.ratio else { return };
         let took = self.begin.elapsed();
-        let Some(ratio) = self.ratio.filter(|_| took < self.within) else {
-            return;
+        let room = match self.within {
+            Some(within) => within.saturating_sub(took),
+            None => LONGEST,
         };
         let worked = took.saturating_sub(self.rested);
         let due = schedule::rest_after(worked, ratio).saturating_sub(self.rested);
-        if due.is_zero() || due < schedule::rest_after(PIECE, ratio) {
+        if room.is_zero() || due.is_zero() || due < schedule::rest_after(self.piece, ratio) {
             return;
         }
-        let due = due.min(self.within - took);
+        let due = due.min(room);
         let begin = Instant::now();
         while let Some(left) = due.checked_sub(begin.elapsed()) {
             // Of what is less than a millisecond the next rest takes account.
@@ -57,10 +74,14 @@ impl Pace {
                 ms => session::sleep_ms(ms),
             }
         }
-        self.rested += begin.elapsed();
+        if self.within.is_some() {
+            self.rested += begin.elapsed();
+        } else {
+            self.begin = Instant::now();
+        }
     }
 
-    /// All rests together.
+    /// All rests of a batch together.
     pub fn rested(&self) -> Duration {
         self.rested
     }

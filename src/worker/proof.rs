@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 
 use pgrx::pg_sys::Oid;
 use rekey_core::envelope::SlotId;
-use rekey_core::schedule;
 use serde_json::{Value, json};
 
+use super::pace::Pace;
 use super::rewrite;
 use crate::catalog::read::SlotRow;
 use crate::catalog::work;
@@ -126,7 +126,8 @@ impl Begun<'_> {
             named: HashSet::new(),
             unseen: HashSet::new(),
             max_age: guc::max_snapshot_age(),
-            pace: Pace::new(ratio),
+            pace: Pace::of_scan(ratio),
+            voice: Voice::new(),
         };
         let verdict = scan.run()?;
         let mut unseen = std::mem::take(&mut scan.unseen);
@@ -144,6 +145,7 @@ struct Scan<'a> {
     unseen: HashSet<SlotId>,
     max_age: Option<Duration>,
     pace: Pace,
+    voice: Voice,
 }
 
 impl Drop for Scan<'_> {
@@ -152,45 +154,25 @@ impl Drop for Scan<'_> {
     }
 }
 
-/// Rests between chunks, and words for whoever waits.
-pub(super) struct Pace {
-    ratio: Option<f64>,
-    worked_since: Instant,
-    told_at: Instant,
+/// What a session that waits for a scan hears of it.
+pub(super) struct Voice {
+    spoke_at: Instant,
 }
 
-impl Pace {
-    /// With a ratio that share of the time is work.
-    pub(super) fn new(ratio: Option<f64>) -> Pace {
-        Pace {
-            ratio,
-            worked_since: Instant::now(),
-            told_at: Instant::now(),
+impl Voice {
+    /// Silent at first.
+    pub(super) fn new() -> Voice {
+        Voice {
+            spoke_at: Instant::now(),
         }
     }
 
-    /// After a chunk: rests when enough has been worked for a rest to be worth it.
-    pub(super) fn rest(&mut self) {
-        const WORTH: Duration = Duration::from_millis(20);
-        let worked = self.worked_since.elapsed();
-        if let Some(ratio) = self.ratio
-            && worked >= WORTH
-        {
-            let until = Instant::now() + schedule::rest_after(worked, ratio);
-            while let Some(left) = until.checked_duration_since(Instant::now()) {
-                let left = i64::try_from(left.as_millis()).unwrap_or(i64::MAX);
-                session::sleep_ms(left.saturating_add(1));
-            }
-            self.worked_since = Instant::now();
-        }
-    }
-
-    /// Every few seconds a session that waits for the scan hears of it.
+    /// After a chunk: a notice every few seconds.
     pub(super) fn tell(&mut self, what: &str, name: &str, done: u32, blocks: u32) {
-        if self.told_at.elapsed() >= Duration::from_secs(5) {
+        if self.spoke_at.elapsed() >= Duration::from_secs(5) {
             let percent = 100 * u64::from(done) / u64::from(blocks.max(1));
             pgrx::notice!("{what}: {name}: {percent} %");
-            self.told_at = Instant::now();
+            self.spoke_at = Instant::now();
         }
     }
 }
@@ -313,7 +295,7 @@ impl Scan<'_> {
                 let why = format!("the snapshot reached rekey.max_snapshot_age at {name}");
                 return Ok(Err(Verdict::TooOld(why)));
             }
-            self.pace.tell("proof", &name, next, record.blocks);
+            self.voice.tell("proof", &name, next, record.blocks);
             self.pace.rest();
         }
     }

@@ -222,8 +222,8 @@ fn init_worker() {
         ),
         (
             c"rekey.batch_target",
-            c"Time that one batch takes.",
-            c"A writer may wait so long for a row of the batch.",
+            c"Longest time that one batch takes, its rests included.",
+            c"A writer may wait so long for a row of the batch. The worker aims at a quarter.",
             &BATCH_TARGET,
             1,
             10_000,

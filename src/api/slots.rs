@@ -1,5 +1,7 @@
 //! Single slots: disable_slot, enable_slot, destroy_slot, mark_compromised, restore_slot.
 
+use std::time::Duration;
+
 use pgrx::pg_sys::FunctionCallInfo;
 use pgrx::prelude::*;
 use rekey_core::keyring::{Privilege, SlotState};
@@ -76,7 +78,8 @@ fn prove_again(slot: &SlotRow, destroy: bool) -> Result<()> {
         .map(|trouble| format!("{}: {}", trouble.table, trouble.what));
     if why.is_none() {
         let slot = slot.clone();
-        why = ending::may_go(&[Candidate { slot, destroy }], &leaves, None)?
+        let candidates = [Candidate { slot, destroy }];
+        why = ending::may_go(&candidates, &leaves, None, Duration::from_secs(2))?
             .into_iter()
             .next()
             .flatten()

@@ -346,6 +346,13 @@ pub fn commit_lazily() {
     }
 }
 
+/// Whether rows may be pruned that an old snapshot still sees.
+#[cfg(any(feature = "pg15", feature = "pg16"))]
+pub fn prunes_early() -> bool {
+    // SAFETY: a setting that only a restart changes.
+    unsafe { pg_sys::old_snapshot_threshold >= 0 }
+}
+
 /// Sleeps, but wakes for a cancel, a timeout or a shutdown, which then raise.
 pub fn sleep_ms(milliseconds: i64) {
     let events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;

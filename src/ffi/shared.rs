@@ -252,6 +252,12 @@ pub fn finish(database: u32, due: Option<i64>) -> bool {
     .unwrap_or(true)
 }
 
+/// Whether something has happened in a database since the wish for it was last taken.
+pub fn is_wanted(database: u32) -> bool {
+    let all = entries();
+    all.iter().any(|e| e.database == database && e.wanted)
+}
+
 /// Takes the wish for a database.
 pub fn take_wish(database: u32) {
     change(database, |entry| entry.wanted = false);

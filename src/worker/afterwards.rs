@@ -53,11 +53,11 @@ impl Drainer {
             if due.is_empty() {
                 continue;
             }
-            if let Some((_, until, why)) = self.resting.get(&leaf.table)
-                && *until > Instant::now()
+            if let Some(rest) = self.resting.get(&leaf.table)
+                && rest.until > Instant::now()
             {
-                if resting.as_ref().is_none_or(|(at, _)| until < at) {
-                    resting = Some((*until, why.clone()));
+                if resting.as_ref().is_none_or(|(at, _)| rest.until < *at) {
+                    resting = Some((rest.until, rest.why.clone()));
                 }
                 continue;
             }
@@ -172,7 +172,14 @@ impl Drainer {
             let why = format!("slot {}: {table}: {what}", first.slot.id);
             return Ok(Step::Wait(Duration::from_secs(60), why));
         }
-        let answers = ending::may_go(&candidates, leaves, self.ratio())?;
+        // Where a scan was in vain since somebody older ended meanwhile, wait longer for him: 2 s,
+        // up to some minutes.
+        let tries = candidates.iter().filter_map(|candidate| {
+            let (tries, _) = self.refused.get(&candidate.slot.id)?;
+            Some(tries + 1)
+        });
+        let patience = Duration::from_secs(2 << tries.max().unwrap_or(0).min(7));
+        let answers = ending::may_go(&candidates, leaves, self.ratio(), patience)?;
         let mut why = None;
         let mut free = Vec::new();
         for (candidate, answer) in candidates.into_iter().zip(answers) {

@@ -15,7 +15,7 @@ use pgrx::pg_sys::{self, Oid};
 use rekey_core::schedule::{self, BatchSize};
 
 use super::drain::{Drainer, Step, Unable, Worked, covers, enter, refuse_paused};
-use super::pace::Pace;
+use super::pace::{self, Pace};
 use super::rewrite::{self, Bad, Job, Report};
 use crate::catalog::live;
 use crate::catalog::work::{self, Book, Done, Pass};
@@ -24,7 +24,6 @@ use crate::ffi::session::{self, ActAs};
 use crate::ffi::shared;
 use crate::ffi::subtransaction::Caught;
 use crate::ffi::table::{self, Table, columns_of};
-use crate::guc;
 use crate::live::{self as columns, Live, Plan};
 use crate::registry::{self, Leaf, LeafColumn};
 
@@ -70,15 +69,13 @@ impl Drainer {
             if self.only.is_some_and(|only| !covers(only, table)) {
                 continue;
             }
-            let rests = [self.resting.get(&table), self.backfill.waiting.get(&table)];
-            let rest = rests
-                .into_iter()
-                .flatten()
-                .max_by_key(|(_, until, _)| *until);
-            if let Some((_, until, why)) = rest
-                && *until > Instant::now()
+            let resting = self.resting.get(&table).map(|rest| (rest.until, &rest.why));
+            let waiting = self.backfill.waiting.get(&table);
+            let waiting = waiting.map(|(_, until, why)| (*until, why));
+            if let Some((until, why)) = resting.max(waiting)
+                && until > Instant::now()
             {
-                put_off(*until, why);
+                put_off(until, why);
                 continue;
             }
             match self.fill_table(table) {
@@ -179,7 +176,7 @@ impl Drainer {
             seen,
             u32::try_from(report.found).unwrap_or(u32::MAX),
             u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX),
-            guc::batch_target_ms(),
+            pace::aim_ms(ratio),
         );
         if report.rewritten > 0 {
             self.backfill.touched.insert(oid, pass.cursor..next);

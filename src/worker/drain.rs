@@ -18,6 +18,7 @@ use super::ages::Ages;
 use super::backfill::Backfill;
 use super::barrier::Barrier;
 use super::ending::Quarantine;
+use super::pace;
 use super::proof::{self, Verdict};
 use super::rewrite::{self, Report, Source};
 use super::throttle;
@@ -62,6 +63,16 @@ pub struct Worked {
     pub rested: Duration,
 }
 
+/// A table that is out of turn.
+pub(super) struct Rest {
+    /// So often in a row it has failed.
+    failures: u32,
+    /// So often in a row somebody else had it.
+    busy: u32,
+    pub(super) until: Instant,
+    pub(super) why: String,
+}
+
 /// The worker's memory between steps.
 pub struct Drainer {
     pub(super) only: Option<Oid>,
@@ -69,7 +80,7 @@ pub struct Drainer {
     pub(super) backfill: Backfill,
     barrier: Option<Barrier>,
     findings: HashMap<Oid, Vec<Tid>>,
-    pub(super) resting: HashMap<Oid, (u32, Instant, String)>,
+    pub(super) resting: HashMap<Oid, Rest>,
     sizes: HashMap<Oid, BatchSize>,
     touched: HashMap<Oid, std::ops::Range<u32>>,
     proofs_failed: u32,
@@ -90,6 +101,7 @@ const PROOFS_IN_A_ROW: u32 = 5;
 /// A table at rest for longer than one that is busy, and a barrier that waits so long, keep later
 /// rotations out of the wave no more.
 const LONG: Duration = Duration::from_secs(1);
+const LONG_BUSY: u32 = 10;
 const LONG_BARRIER: Duration = Duration::from_secs(60);
 
 impl Drainer {
@@ -129,8 +141,13 @@ impl Drainer {
     pub fn suspect(&mut self, table: Oid, deaths: u32) {
         let wait = rekey_core::schedule::backoff_ms(deaths, table.to_u32().into());
         let until = Instant::now() + Duration::from_millis(wait);
-        let why = "a worker died at it".to_string();
-        self.resting.insert(table, (deaths, until, why));
+        let rest = Rest {
+            failures: deaths,
+            busy: 0,
+            until,
+            why: "a worker died at it".to_string(),
+        };
+        self.resting.insert(table, rest);
     }
 
     /// The table that the last step worked on.
@@ -190,12 +207,12 @@ impl Drainer {
             if self.only.is_some_and(|only| !covers(only, leaf.table)) {
                 continue;
             }
-            if let Some((_, until, why)) = self.resting.get(&leaf.table)
-                && *until > Instant::now()
+            if let Some(rest) = self.resting.get(&leaf.table)
+                && rest.until > Instant::now()
             {
-                stuck |= *until > Instant::now() + LONG;
-                if soonest.as_ref().is_none_or(|(at, _)| until < at) {
-                    soonest = Some((*until, why.clone()));
+                stuck |= rest.until > Instant::now() + LONG || rest.busy > LONG_BUSY;
+                if soonest.as_ref().is_none_or(|(at, _)| rest.until < *at) {
+                    soonest = Some((rest.until, rest.why.clone()));
                 }
                 continue;
             }
@@ -213,6 +230,7 @@ impl Drainer {
                 }
                 Err(Unable::Busy(why)) => {
                     let at = self.rest(leaf.table, &why, true)?;
+                    stuck |= self.resting[&leaf.table].busy > LONG_BUSY;
                     soonest = Some((at, why));
                 }
                 Err(Unable::Refused(why)) => {
@@ -262,17 +280,24 @@ impl Drainer {
     /// Takes a table out of turn for a while after an error; the worker calls it when a step's
     /// transaction has failed.
     pub fn rest(&mut self, table: Oid, why: &str, busy: bool) -> Result<Instant> {
-        let tries = self.resting.get(&table).map_or(1, |(tries, ..)| tries + 1);
+        let before = self.resting.get(&table);
+        let (mut failures, mut times) = before.map_or((0, 0), |rest| (rest.failures, rest.busy));
         let wait = if busy {
-            Duration::from_millis(u64::from(tries.min(10)) * 100)
+            times += 1;
+            u64::from(times.min(10)) * 100
         } else {
-            Duration::from_millis(rekey_core::schedule::backoff_ms(
-                tries,
-                table.to_u32().into(),
-            ))
+            // What somebody else's locks have cost before is not its fault.
+            (failures, times) = (failures + 1, 0);
+            rekey_core::schedule::backoff_ms(failures, table.to_u32().into())
         };
-        let until = Instant::now() + wait;
-        self.resting.insert(table, (tries, until, why.to_string()));
+        let until = Instant::now() + Duration::from_millis(wait);
+        let rest = Rest {
+            failures,
+            busy: times,
+            until,
+            why: why.to_string(),
+        };
+        self.resting.insert(table, rest);
         work::put_off(table, why)?;
         Ok(until)
     }
@@ -386,7 +411,7 @@ impl Drainer {
             seen,
             u32::try_from(report.found).unwrap_or(u32::MAX),
             u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
-            guc::batch_target_ms(),
+            pace::aim_ms(ratio),
         );
         if report.slow {
             self.rest(leaf.table, "code of its owner takes too long", false)?;
@@ -461,6 +486,9 @@ impl Drainer {
         if let Some(at) = self.prove_again_at
             && at > Instant::now()
         {
+            if later {
+                return Ok(self.let_join(wave));
+            }
             let why = "the last proofs had to be given up; the next one comes".to_string();
             return Ok(Step::until(at, why));
         }
@@ -535,7 +563,14 @@ impl Drainer {
                 }
                 format!("the proof found {count} stale rows")
             }
-            Verdict::Changed(table) => format!("{table} changed during the proof"),
+            Verdict::Changed(table) => {
+                self.proofs_failed += 1;
+                if self.proofs_failed >= PROOFS_IN_A_ROW {
+                    self.proofs_failed = 0;
+                    self.prove_again_at = Some(Instant::now() + Duration::from_secs(30));
+                }
+                format!("{table} changed during the proof")
+            }
             Verdict::Unfinished(why) => {
                 self.prove_again_at = Some(Instant::now() + Duration::from_secs(10));
                 work::note(all, "proof", &why)?;

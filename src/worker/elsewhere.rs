@@ -90,7 +90,7 @@ pub(super) fn named(datum: pg_sys::Datum) -> Option<SlotId> {
 }
 
 /// A table that stores rows, with its columns that are not registered.
-struct Source {
+pub struct Source {
     table: Oid,
     name: String,
     columns: Vec<Column>,
@@ -98,21 +98,38 @@ struct Source {
     file: Option<Oid>,
 }
 
-/// Every place outside these registered columns that holds envelopes of slots of this database. One
-/// snapshot sees them all: with `max_age` a table at which it gets older is not read. With a ratio
-/// that share of the time is work.
+/// Every place outside these registered columns that holds envelopes of slots of this database.
+/// With `max_age` a table at which the snapshot gets older is not read. With a ratio that share of
+/// the time is work.
 pub fn all(leaves: &[Leaf], ratio: Option<f64>, max_age: Option<Duration>) -> Result<Vec<Place>> {
-    // Files before the snapshot, as in the proof: else it would miss what was rewritten between.
-    let sources = sources(unregistered(sql::rows(COLUMNS, &[])?, leaves))?;
+    let sources = sources(leaves)?;
+    read(
+        &sources,
+        &Snapshot::latest(),
+        Instant::now(),
+        ratio,
+        max_age,
+    )
+}
+
+/// What the sources hold that were recorded before the snapshot was taken, at `begin`: one snapshot
+/// sees them all.
+pub fn read(
+    sources: &[Source],
+    snapshot: &Snapshot,
+    begin: Instant,
+    ratio: Option<f64>,
+    max_age: Option<Duration>,
+) -> Result<Vec<Place>> {
     let mut reading = Reading {
-        snapshot: Snapshot::latest(),
-        begin: Instant::now(),
+        snapshot,
+        begin,
         max_age,
         pace: Pace::of_scan(ratio),
         voice: Voice::new(),
     };
     let mut places = Vec::new();
-    for source in &sources {
+    for source in sources {
         match reading.read(source)? {
             Ok(found) => places.extend(found),
             Err(why) => places.extend(source.columns.iter().map(|column| Place {
@@ -132,10 +149,12 @@ pub fn all(leaves: &[Leaf], ratio: Option<f64>, max_age: Option<Duration>) -> Re
     Ok(places)
 }
 
-/// The columns by table, with the table's file; without those of tables that are gone or no heaps.
-fn sources(columns: Vec<Column>) -> Result<Vec<Source>> {
+/// The tables with unregistered columns, and their files; without those that are gone or no heaps.
+/// To be recorded before the snapshot is taken, as in the proof: else it would miss what was
+/// rewritten between.
+pub fn sources(leaves: &[Leaf]) -> Result<Vec<Source>> {
     let mut sources: Vec<Source> = Vec::new();
-    for column in columns {
+    for column in unregistered(sql::rows(COLUMNS, &[])?, leaves) {
         if let Some(last) = sources.last_mut()
             && last.table == column.table
         {
@@ -159,15 +178,15 @@ fn sources(columns: Vec<Column>) -> Result<Vec<Source>> {
 }
 
 /// The scan of one source after the other.
-struct Reading {
-    snapshot: Snapshot,
+struct Reading<'a> {
+    snapshot: &'a Snapshot,
     begin: Instant,
     max_age: Option<Duration>,
     pace: Pace,
     voice: Voice,
 }
 
-impl Reading {
+impl Reading<'_> {
     /// What a table holds, or why it was not read.
     fn read(&mut self, source: &Source) -> Result<std::result::Result<Vec<Place>, &'static str>> {
         let Some(file) = source.file else {
@@ -198,7 +217,7 @@ impl Reading {
             }
             let end = blocks.min(next.saturating_add(CHUNK));
             let range = next..end.min(table.blocks());
-            table.scan(&self.snapshot, range, &attnums, |_, values| {
+            table.scan(self.snapshot, range, &attnums, |_, values| {
                 for (value, counts) in values.iter().zip(&mut counts) {
                     if let Some(slot) = value.and_then(named)
                         && slots.standing(slot) != Standing::Unknown

@@ -60,11 +60,13 @@ impl Obstacle {
 }
 
 /// Whether each of these may go now; None for yes, else why not. Makes the second scan, one for
-/// all: transactions older than the first one may have copied what they saw.
+/// all: transactions older than the first one may have copied what they saw. Others are waited for
+/// up to `patience`, twice or three times.
 pub fn may_go(
     candidates: &[Candidate],
     leaves: &[Leaf],
     ratio: Option<f64>,
+    patience: Duration,
 ) -> Result<Vec<Option<Obstacle>>> {
     let mut answers = Vec::new();
     for candidate in candidates {
@@ -85,11 +87,17 @@ pub fn may_go(
     if free(&answers).is_empty() {
         return Ok(answers);
     }
-    if let Some(who) = writers_ended()? {
+    if let Some(who) = writers_ended(patience)? {
         let why = format!("older transactions have written and not ended: {who}");
         refuse(&mut answers, why, false);
         return Ok(answers);
     }
+    // Under the same snapshot: else a value that moves in between would be seen at neither place.
+    let destroys = candidates.iter().any(|candidate| candidate.destroy);
+    let unregistered = match destroys {
+        true => elsewhere::sources(leaves)?,
+        false => Vec::new(),
+    };
     let begun = match proof::begin(leaves)? {
         Ok(begun) => begun,
         Err(verdict) => {
@@ -98,14 +106,15 @@ pub fn may_go(
             return Ok(answers);
         }
     };
-    let mut older = Older::now(begun.snapshot())?;
+    let _ = Older::now(begun.snapshot(), patience)?;
     // Again: these may have written since, and S does not see it.
-    if let Some(who) = writers_ended()? {
+    if let Some(who) = writers_ended(patience)? {
         let why = format!("older transactions have written and not ended: {who}");
         refuse(&mut answers, why, false);
         return Ok(answers);
     }
-    older.forget_ended();
+    // And again: one of these may have handed its snapshot on before it ended.
+    let older = Older::now(begun.snapshot(), Duration::ZERO)?;
     let (verdict, unseen) = begun.scan(&free(&answers), ratio, Versions::All)?;
     match verdict {
         Verdict::Clean(_) => {}
@@ -113,6 +122,14 @@ pub fn may_go(
             let mut places = Vec::new();
             for (oid, found) in found {
                 places.push(format!("{} ({} rows)", table::name(oid)?, found.len()));
+            }
+            // One that names no slot of ours may have been altered: it may be of any.
+            let slots = stale::slots()?;
+            let strange = |slot: &SlotId| slots.standing(*slot) == Standing::Unknown;
+            if named.iter().any(strange) {
+                let places = places.join(", ");
+                let why = format!("values name a slot that there is not, in {places}");
+                refuse(&mut answers, why, true);
             }
             let why = format!("values are sealed under it again in {}", places.join(", "));
             for (candidate, answer) in candidates.iter().zip(&mut answers) {
@@ -144,14 +161,15 @@ pub fn may_go(
         let why = format!("older transactions have ended or written during the scan: {who}");
         refuse(&mut answers, why, true);
     }
-    drop(begun);
     failpoint::reach("end.scanned")?;
     let open = |(candidate, answer): (&Candidate, &Option<Obstacle>)| {
         candidate.destroy && answer.is_none()
     };
     if candidates.iter().zip(&answers).any(open) {
         // Registered is what was scanned: a column that has come since is looked into here.
-        let elsewhere = elsewhere::all(leaves, ratio, guc::max_snapshot_age())?;
+        let max_age = guc::max_snapshot_age();
+        let elsewhere =
+            elsewhere::read(&unregistered, begun.snapshot(), begun.at(), ratio, max_age)?;
         for (candidate, answer) in candidates.iter().zip(&mut answers) {
             if candidate.destroy && answer.is_none() {
                 let places = elsewhere::of_slot(&elsewhere, candidate.slot.id);
@@ -179,13 +197,12 @@ struct Older {
 }
 
 impl Older {
-    /// Those that are left after a short wait: many of them end in the next moment.
-    fn now(snapshot: &Snapshot) -> Result<Older> {
-        const PATIENCE: Duration = Duration::from_secs(2);
+    /// Those that are left after a wait: many of them end in the next moment.
+    fn now(snapshot: &Snapshot, patience: Duration) -> Result<Older> {
         let begin = Instant::now();
         loop {
             let holders = locks::older_snapshots(snapshot.xmin());
-            if holders.is_empty() || begin.elapsed() > PATIENCE {
+            if holders.is_empty() || begin.elapsed() > patience {
                 let mut older = Older {
                     holders,
                     names: String::new(),
@@ -197,10 +214,6 @@ impl Older {
             }
             session::sleep_ms(20);
         }
-    }
-
-    fn forget_ended(&mut self) {
-        self.holders.retain(|holder| !holder.ended());
     }
 
     fn transactions(&self) -> Vec<String> {
@@ -239,7 +252,23 @@ fn before_the_scan(slot: SlotId, leaves: &[Leaf]) -> Result<Option<String>> {
             return Ok(Some(format!("{name} has {count} rows under quarantine")));
         }
     }
+    if let Some(why) = early_pruning() {
+        return Ok(Some(why));
+    }
     horizon_passed(slot, leaves)
+}
+
+/// Before PostgreSQL 17 a setting has rows pruned that snapshots still see: a scan of all row
+/// versions would miss them without a word.
+fn early_pruning() -> Option<String> {
+    #[cfg(any(feature = "pg15", feature = "pg16"))]
+    if session::prunes_early() {
+        return Some(
+            "old_snapshot_threshold is set: rows may be pruned before the scan finds them"
+                .to_string(),
+        );
+    }
+    None
 }
 
 /// The slots that rows under quarantine name, which nobody has dismissed.
@@ -305,13 +334,12 @@ fn horizon_passed(slot: SlotId, leaves: &[Leaf]) -> Result<Option<String>> {
 /// those that have not ended. A statement that began before the proof may have copied stale values
 /// and ended: its transaction has no old snapshot any more, and the scan does not see what it has
 /// not committed. Whoever writes later reads what the scan reads.
-fn writers_ended() -> Result<Option<String>> {
-    const PATIENCE: Duration = Duration::from_secs(2);
+fn writers_ended(patience: Duration) -> Result<Option<String>> {
     let begin = Instant::now();
     let writers = work::writers()?;
     loop {
         let left = work::name_writers(&writers)?;
-        if left.is_none() || begin.elapsed() > PATIENCE {
+        if left.is_none() || begin.elapsed() > patience {
             return Ok(left);
         }
         session::sleep_ms(20);

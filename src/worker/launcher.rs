@@ -227,7 +227,10 @@ fn visit() {
             Ok(Step::Wait(time, why)) => {
                 failures = 0;
                 background::report(&why);
-                background::sleep(Some(time.max(Duration::from_millis(50))));
+                // A wish that came during a scan has roused that one's rests, not this sleep.
+                if !shared::is_wanted(database) {
+                    background::sleep(Some(time.max(Duration::from_millis(50))));
+                }
                 shared::take_wish(database);
             }
             Ok(Step::Idle(due)) => {

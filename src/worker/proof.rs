@@ -110,6 +110,11 @@ impl Begun<'_> {
         &self.snapshot
     }
 
+    /// When it was taken.
+    pub fn at(&self) -> Instant {
+        self.at
+    }
+
     /// Scans all leaves for values of `slots`, for as long as rekey.max_snapshot_age allows; with a
     /// ratio it works that share of the time. Also says which slots are named only by row versions
     /// that the snapshot does not see: of these slots the verdict says nothing.

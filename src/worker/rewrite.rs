@@ -282,7 +282,10 @@ impl Job<'_> {
         let outcome = subtransaction(|| {
             let mut attempt = Attempt::default();
             let mut updater = Updater::begin(self.table, self.columns);
-            for &tid in places {
+            for (at, &tid) in places.iter().enumerate() {
+                if at > 0 {
+                    self.pace.borrow_mut().rest();
+                }
                 let mut bad = Bad::default();
                 let updated = updater.update(tid, |row| (self.change)(row, &mut bad))?;
                 let mut place = tid;
@@ -297,7 +300,6 @@ impl Job<'_> {
                     Updated::Suppressed => bad.suppressed(),
                 }
                 attempt.failed.extend(bad.failure(place));
-                self.pace.borrow_mut().rest();
             }
             updater.finish();
             failpoint::reach("rows.updated")?;

@@ -665,6 +665,23 @@ fn a_column_that_is_registered_after_the_second_scan_is_looked_into_all_the_same
 }
 
 #[test]
+fn a_value_that_moves_between_the_two_scans_of_an_end_is_seen_where_it_was() {
+    let cluster = without_worker();
+    let database = small_table(&cluster, "moving");
+    let mut client = database.connect();
+    client.run("CREATE TABLE aside AS SELECT c FROM t WHERE id = 1; SELECT rotate_key('pii')");
+    client.run("CALL rekey.reencrypt()");
+    let answer = destroy_with(&database, "end.scanned", |client| {
+        client.run("INSERT INTO t (id, c) SELECT 77, c FROM aside; DELETE FROM aside");
+    });
+    answer.expect_err("a refusal").names("public.aside.c (1)");
+    assert_eq!(
+        client.text("SELECT decrypt_col(c) FROM t WHERE id = 77"),
+        "v1"
+    );
+}
+
+#[test]
 fn the_search_of_unregistered_places_holds_up_no_alter_table_and_names_what_it_has_not_read() {
     let cluster = without_worker();
     let database = large_table(&cluster);

@@ -789,6 +789,24 @@ fn a_drained_slot_of_which_values_come_back_is_drained_again() {
 }
 
 #[test]
+fn a_value_whose_slot_was_altered_after_the_proof_holds_up_the_end() {
+    let database = database("altered");
+    let mut client = database.connect();
+    client.run("SELECT rotate_key('pii')");
+    reencrypt(&mut client);
+    client.run("UPDATE t SET c = set_byte(c, 5, get_byte(c, 5) # 1) WHERE id = 1");
+    let slot = old_slot(&mut client);
+    refused(
+        &mut client,
+        "destroy_slot",
+        &slot,
+        "a slot that there is not, in public.t (1 rows)",
+    );
+    client.run("DELETE FROM t WHERE id = 1");
+    end(&mut client, "destroy_slot", &slot);
+}
+
+#[test]
 fn every_registered_column_counts_however_many_a_table_has() {
     let database = database("wide");
     let mut client = database.connect();

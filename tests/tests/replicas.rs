@@ -51,7 +51,7 @@ fn standby(cluster: &Cluster, name: &str, feedback: bool) -> Cluster {
     let feedback = if feedback { "on" } else { "off" };
     standby.append(&format!(
         "cluster_name = '{name}'\nhot_standby_feedback = {feedback}\n\
-         wal_receiver_status_interval = '100ms'\nrekey.root_key_file = '{}'",
+         wal_receiver_status_interval = '1s'\nrekey.root_key_file = '{}'",
         standby.root_key_file().display()
     ));
     standby.restart("fast");
@@ -141,6 +141,15 @@ fn promote(standby: &Cluster) -> Client {
     client
 }
 
+/// Has a thread beside the test end, also when the test fails: the scope waits for it.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn a_standby_opens_every_row_all_the_way_through_rotations() {
     let cluster = primary();
@@ -149,6 +158,7 @@ fn a_standby_opens_every_row_all_the_way_through_rotations() {
     let standby = standby(&cluster, "reader", true);
     let (stop, done) = (AtomicBool::new(false), AtomicBool::new(false));
     let reads = std::thread::scope(|scope| {
+        let _stop = Stop(&stop);
         let warm = scope.spawn(|| {
             let mut reads = 0;
             let mut warm = standby.connect("app");

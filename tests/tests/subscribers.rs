@@ -152,7 +152,7 @@ fn stale_envelopes_that_are_applied_beside_the_subscribers_own_proof_are_found()
     );
     let applying = "SELECT l.pid FROM pg_locks l JOIN pg_stat_activity a USING (pid) \
                      WHERE NOT granted AND relation = 'gate'::regclass \
-                       AND backend_type = 'logical replication worker'";
+                       AND backend_type LIKE 'logical replication%'";
     wait_until("it is being applied", || client.rows(applying).len() == 1);
     let pid = client.number(applying);
     client.run("CALL rekey.reencrypt()");

@@ -61,10 +61,11 @@ pub fn obstacle(table: Oid) -> Result<Option<&'static str>> {
 }
 
 /// The share of dead rows of a table. Few of them are nothing to wait for, nor is a vacuum that does
-/// not come.
+/// not come. A crash empties the statistics, but not what the last vacuum has put into pg_class.
 fn dead_ratio(table: Oid) -> Result<f64> {
     let dead = bigint(
-        "SELECT (1000000 * d.dead::numeric / greatest(1, d.live + d.dead))::bigint \
+        "SELECT (1000000 * d.dead::numeric / greatest(1, \
+                    greatest(d.live::numeric, c.reltuples::numeric) + d.dead))::bigint \
            FROM (SELECT pg_catalog.pg_stat_get_dead_tuples($1) AS dead, \
                         pg_catalog.pg_stat_get_live_tuples($1) AS live) AS d, \
                 pg_catalog.pg_class c \

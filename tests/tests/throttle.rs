@@ -141,6 +141,23 @@ fn a_table_that_waits_for_vacuum() {
 }
 
 #[test]
+fn a_table_whose_statistics_a_crash_has_taken_does_not_wait_for_vacuum() {
+    let cluster = Cluster::start(options());
+    let mut client = prepare(&cluster);
+    client.run("INSERT INTO t (id, note) SELECT i, '' FROM generate_series(2000, 252000) AS i");
+    client.run("VACUUM ANALYZE t");
+    client.run("SELECT pg_stat_force_next_flush()");
+    client.run("SELECT pg_stat_reset_single_table_counters('t'::regclass)");
+    client.run("UPDATE t SET note = 'x' WHERE id BETWEEN 2000 AND 102100");
+    wait_until("the dead rows are counted", || {
+        client.number("SELECT pg_stat_get_dead_tuples('t'::regclass)") > 100_000
+    });
+    assert!(client.number("SELECT pg_stat_get_live_tuples('t'::regclass)") < 100_000);
+    client.run("SELECT rotate_key('pii')");
+    goes_on(&mut client);
+}
+
+#[test]
 fn a_table_that_waits_for_vacuum_holds_up_no_other_table_and_no_rotation_by_age() {
     let cluster = Cluster::start(options());
     let mut client = prepare(&cluster);

@@ -106,15 +106,15 @@ pub fn may_go(
             return Ok(answers);
         }
     };
-    let _ = Older::now(begun.snapshot(), patience)?;
-    // Again: these may have written since, and S does not see it.
+    Older::wait_for(begun.snapshot(), patience);
+    // Again: those who are left may have written since, and S does not see it.
     if let Some(who) = writers_ended(patience)? {
         let why = format!("older transactions have written and not ended: {who}");
         refuse(&mut answers, why, false);
         return Ok(answers);
     }
-    // And again: one of these may have handed its snapshot on before it ended.
-    let older = Older::now(begun.snapshot(), Duration::ZERO)?;
+    // Not before: one that has ended meanwhile may have handed its snapshot on.
+    let older = Older::now(begun.snapshot())?;
     let (verdict, unseen) = begun.scan(&free(&answers), ratio, Versions::All)?;
     match verdict {
         Verdict::Clean(_) => {}
@@ -197,23 +197,24 @@ struct Older {
 }
 
 impl Older {
-    /// Those that are left after a wait: many of them end in the next moment.
-    fn now(snapshot: &Snapshot, patience: Duration) -> Result<Older> {
+    /// Waits a while: many of them end in the next moment.
+    fn wait_for(snapshot: &Snapshot, patience: Duration) {
         let begin = Instant::now();
-        loop {
-            let holders = locks::older_snapshots(snapshot.xmin());
-            if holders.is_empty() || begin.elapsed() > patience {
-                let mut older = Older {
-                    holders,
-                    names: String::new(),
-                };
-                if !older.holders.is_empty() {
-                    older.names = work::name_holders(&older.transactions(), &[])?;
-                }
-                return Ok(older);
-            }
+        while begin.elapsed() <= patience && !locks::older_snapshots(snapshot.xmin()).is_empty() {
             session::sleep_ms(20);
         }
+    }
+
+    /// Those that there are.
+    fn now(snapshot: &Snapshot) -> Result<Older> {
+        let mut older = Older {
+            holders: locks::older_snapshots(snapshot.xmin()),
+            names: String::new(),
+        };
+        if !older.holders.is_empty() {
+            older.names = work::name_holders(&older.transactions(), &[])?;
+        }
+        Ok(older)
     }
 
     fn transactions(&self) -> Vec<String> {

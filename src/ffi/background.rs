@@ -62,7 +62,13 @@ pub fn connect_to(database: pg_sys::Oid) {
         // A session that holds a key's row must not hold the worker: the step fails with 55P03 and
         // is tried again. Both are shorter than a session's deadlock_timeout of 1 s: in a deadlock
         // with a DROP EXTENSION, which locks the catalog table by table, the worker gives way.
-        for (name, value) in [(c"lock_timeout", c"900ms"), (c"deadlock_timeout", c"100ms")] {
+        // Rows are updated as on a replica (`ActAs::updating`), and each change of that setting would
+        // throw away all kept plans. Triggers of the catalog that matter are ENABLE ALWAYS.
+        for (name, value) in [
+            (c"lock_timeout", c"900ms"),
+            (c"deadlock_timeout", c"100ms"),
+            (c"session_replication_role", c"replica"),
+        ] {
             pg_sys::SetConfigOption(
                 name.as_ptr(),
                 value.as_ptr(),

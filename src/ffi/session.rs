@@ -194,6 +194,11 @@ impl ActAs {
         ActAs::with(owner, 0, &[])
     }
 
+    /// The same under settings of the extension's own.
+    pub fn owner_with(owner: pg_sys::Oid, settings: &[(&CStr, &CStr)]) -> ActAs {
+        ActAs::with(owner, 0, settings)
+    }
+
     /// Switches to the owner of a users' table to run a function of his within somebody else's
     /// statement: it can change neither user nor settings, and leaves nothing behind.
     pub fn restricted(owner: pg_sys::Oid) -> ActAs {

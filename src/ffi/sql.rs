@@ -1,13 +1,18 @@
 //! SQL that the extension runs as itself: as the owner of its catalog, under a pinned search
 //! path, with the catalog's own guard open.
 //!
-//! Called by src/catalog/ alone. Values travel as parameters, never inside the text.
+//! Called by src/catalog/ alone. Values travel as parameters, never inside the text. Who runs the
+//! same statements for hours keeps them prepared: to parse and plan one takes longer than to run it.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::ffi::{CStr, CString};
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use pgrx::datum::DatumWithOid;
-use pgrx::spi::{SpiResult, SpiTupleTable};
+use pgrx::pg_sys::PgOid;
+use pgrx::spi::{OwnedPreparedStatement, SpiClient, SpiResult, SpiTupleTable};
 use pgrx::{Spi, pg_sys};
 
 use super::session::{ActAs, table_owner};
@@ -150,7 +155,10 @@ pub fn rows(sql: &str, args: &[Arg<'_>]) -> Result<Vec<Vec<Option<String>>>> {
 /// transaction id: on standbys too. It sees what the calling statement sees.
 pub fn look(sql: &str, args: &[Arg<'_>]) -> Result<Vec<Vec<Option<String>>>> {
     as_owner(sql, args, |sql, args| {
-        Spi::connect(|client| cells(client.select(sql, None, args)?))
+        Spi::connect(|client| match kept(client, sql, args)? {
+            Some(statement) => cells(client.select(&*statement, None, args)?),
+            None => cells(client.select(sql, None, args)?),
+        })
     })
 }
 
@@ -194,8 +202,57 @@ fn execute<R>(
     read: impl FnOnce(SpiTupleTable<'_>) -> SpiResult<R>,
 ) -> Result<R> {
     as_owner(sql, args, |sql, args| {
-        Spi::connect_mut(|client| read(client.update(sql, None, args)?))
+        Spi::connect_mut(|client| match kept(client, sql, args)? {
+            Some(statement) => read(client.update(&*statement, None, args)?),
+            None => read(client.update(sql, None, args)?),
+        })
     })
+}
+
+/// More than all statements of the drainers. What is beyond is prepared each time.
+const MOST_KEPT: usize = 200;
+
+type Statements = HashMap<(CString, Vec<pg_sys::Oid>), Rc<OwnedPreparedStatement>>;
+
+thread_local! {
+    static KEPT: RefCell<Option<Statements>> = const { RefCell::new(None) };
+}
+
+/// From now on this process keeps its statements prepared. PostgreSQL plans one again when a table of
+/// it has changed, and parses it again when that is gone and there is another.
+pub fn keep_statements() {
+    KEPT.with_borrow_mut(|kept| {
+        kept.get_or_insert_default();
+    });
+}
+
+/// The statement, prepared, in a process that keeps them.
+fn kept(
+    client: &SpiClient<'_>,
+    sql: &CStr,
+    args: &[DatumWithOid<'static>],
+) -> SpiResult<Option<Rc<OwnedPreparedStatement>>> {
+    let types = args.iter().map(DatumWithOid::oid).collect::<Vec<_>>();
+    let key = (sql.to_owned(), types);
+    let (known, room) = KEPT.with_borrow(|kept| match kept {
+        Some(kept) => (kept.get(&key).cloned(), kept.len() < MOST_KEPT),
+        None => (None, false),
+    });
+    if known.is_some() || !room {
+        return Ok(known);
+    }
+    let types = key
+        .1
+        .iter()
+        .map(|oid| PgOid::from(*oid))
+        .collect::<Vec<_>>();
+    let statement = Rc::new(client.prepare(sql, &types)?.keep());
+    KEPT.with_borrow_mut(|kept| {
+        if let Some(kept) = kept {
+            kept.insert(key, statement.clone());
+        }
+    });
+    Ok(Some(statement))
 }
 
 fn as_owner<R>(
@@ -207,6 +264,12 @@ fn as_owner<R>(
     let sql = c_sql(sql)?;
     let keys = super::scan::relation(c"key_slot").ok_or(Error::NoCatalog)?;
     let _own_code = OwnCode::begin();
-    let _act_as = ActAs::owner(table_owner(keys));
+    let settings = if KEPT.with_borrow(Option::is_some) {
+        // What is kept is planned once: its tables are small, or asked by their keys.
+        &[(c"plan_cache_mode", c"force_generic_plan")][..]
+    } else {
+        &[]
+    };
+    let _act_as = ActAs::owner_with(table_owner(keys), settings);
     body(&sql, &args).map_err(|e| Error::Internal(e.to_string()))
 }

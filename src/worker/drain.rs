@@ -27,7 +27,7 @@ use crate::catalog::work::{self, Book, Done, Pass};
 use crate::catalog::{self, write};
 use crate::error::Result;
 use crate::ffi::table::{self, Table, Tid};
-use crate::ffi::{locks, session, shared};
+use crate::ffi::{locks, session, shared, sql};
 use crate::registry::{self, Leaf};
 use crate::stale::{self, Standing};
 use crate::{cache, failpoint, guc, lifecycle};
@@ -107,6 +107,7 @@ const LONG_BARRIER: Duration = Duration::from_secs(60);
 impl Drainer {
     /// For one table, or for all; `proves` also makes the proof.
     pub fn new(only: Option<Oid>, proves: bool) -> Drainer {
+        sql::keep_statements();
         Drainer {
             only,
             proves,

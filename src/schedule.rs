@@ -155,6 +155,36 @@ pub fn rest_after(worked: Duration, ratio: f64) -> Duration {
     worked.mul_f64(1.0 / ratio.clamp(0.01, 1.0) - 1.0)
 }
 
+/// Of work that has waited for a lock the time by the clock was no work: no rest is longer.
+const LONGEST_REST: Duration = Duration::from_secs(1);
+
+/// How long rows may be locked by a batch that is to take `aim`, its rests included: half of the
+/// batches take longer than foreseen, and should rest to their ends all the same.
+#[must_use]
+pub fn window(aim: Duration) -> Duration {
+    (aim * 2).min(LONGEST_REST / 2)
+}
+
+/// The rest that is due in the middle of work that has taken so long, rests included, so that work
+/// takes the share `ratio` of the time: none before a `piece` of work is done, and none that ends
+/// after the window `within`, if there is one.
+#[must_use]
+pub fn rest_between(
+    took: Duration,
+    rested: Duration,
+    ratio: f64,
+    piece: Duration,
+    within: Option<Duration>,
+) -> Duration {
+    let room = within.map_or(LONGEST_REST, |within| within.saturating_sub(took));
+    let worked = took.saturating_sub(rested);
+    let due = rest_after(worked, ratio).saturating_sub(rested);
+    if due < rest_after(piece, ratio) {
+        return Duration::ZERO;
+    }
+    due.min(room)
+}
+
 /// How long to rest before the next batch, and why; None: no rest. What endangers the server rests
 /// for a second and is looked at again.
 #[must_use]
@@ -208,6 +238,34 @@ mod tests {
         dead_ratio: Some(0.25),
         free_disk_mb: Some(1024),
     };
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn work_rests_after_each_piece_for_its_share() {
+        let rest = |took, rested| rest_between(ms(took), ms(rested), 0.2, ms(1), None);
+        assert_eq!(rest(0, 0), ms(0));
+        assert_eq!(rest(1, 0), ms(4));
+        // What an earlier rest was too short for comes with the next one.
+        assert_eq!(rest(5, 3), ms(5));
+        assert_eq!(rest(5, 4), ms(0), "not before the next piece is done");
+        assert_eq!(rest(6, 4), ms(4));
+        assert_eq!(rest(60_000, 0), ms(1000), "so long it was no work");
+        assert_eq!(rest_between(ms(9), ms(0), 1.0, ms(1), None), ms(0));
+    }
+
+    #[test]
+    fn a_batch_that_takes_longer_than_foreseen_still_rests_and_one_of_twice_its_time_does_not() {
+        let within = Some(window(ms(25)));
+        let rest = |took, rested| rest_between(ms(took), ms(rested), 0.2, ms(1), within);
+        assert_eq!(rest(26, 20), ms(4));
+        assert_eq!(rest(47, 35), ms(3), "up to the end of the window");
+        assert_eq!(rest(50, 36), ms(0));
+        assert_eq!(rest(90, 36), ms(0));
+        assert_eq!(window(ms(10_000)), ms(500));
+    }
 
     #[test]
     fn a_batch_grows_to_twice_at_most_and_shrinks_at_once() {

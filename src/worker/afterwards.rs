@@ -4,6 +4,7 @@
 //! Called by src/worker/drain.rs, whose Drainer it goes on with. Whether a slot may go is judged by
 //! src/worker/ending.rs; here it goes, under its key's lock, if it is still what it was then.
 
+use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 use pgrx::pg_sys::Oid;
@@ -14,6 +15,7 @@ use super::drain::{
     Drainer, Step, Unable, Worked, enter, first_of, lock_free, refuse_paused, retry_rows,
 };
 use super::ending::{self, Candidate, Quarantine};
+use super::pace::Pace;
 use super::proof::{self, Verdict};
 use crate::catalog::read::{self, SlotRow};
 use crate::catalog::{work, write};
@@ -63,7 +65,7 @@ impl Drainer {
             }
             self.current = Some(leaf.table);
             shared::working_on(leaf.table.to_u32());
-            match retry(leaf, &due) {
+            match retry(leaf, &due, &self.pace) {
                 Ok(retried) => {
                     let slow = "code of its owner takes too long";
                     if retried.slow {
@@ -226,10 +228,10 @@ struct Retried {
 }
 
 /// Tries rows under quarantine again.
-fn retry(leaf: &Leaf, due: &[Tid]) -> std::result::Result<Retried, Unable> {
+fn retry(leaf: &Leaf, due: &[Tid], pace: &RefCell<Pace>) -> std::result::Result<Retried, Unable> {
     refuse_paused(leaf)?;
     let table = enter(leaf)?;
-    let report = retry_rows(leaf, &table, due)?;
+    let report = retry_rows(leaf, &table, due, pace)?;
     for failure in &report.failed {
         work::quarantine(leaf.table, failure)?;
     }
@@ -238,7 +240,7 @@ fn retry(leaf: &Leaf, due: &[Tid]) -> std::result::Result<Retried, Unable> {
             what: format!("retried {} rows", due.len()),
             table: Some(leaf.table),
             rewritten: report.rewritten,
-            rested: report.rested,
+            rested: pace.borrow().rested(),
         },
         slow: report.slow,
     })

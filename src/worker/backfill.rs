@@ -157,7 +157,9 @@ impl Drainer {
                 .blocks()
                 .min(pass.cursor.saturating_add(size.blocks().min(pass.left)));
         let most = size.rows() as usize;
-        let report = fill_blocks(&table, &lives, blocks.clone(), most, ratio)?;
+        self.pace.borrow_mut().rest();
+        let report = fill_blocks(&table, &lives, blocks.clone(), most, &self.pace)?;
+        self.pace.borrow_mut().rest();
         let skipped = report.moved + count(report.locked.len()) + count(report.failed.len());
         let next = report.stopped_at.unwrap_or(blocks.end).max(pass.cursor);
         let seen = next - pass.cursor;
@@ -201,7 +203,7 @@ impl Drainer {
             ),
             table: Some(oid),
             rewritten: report.rewritten,
-            rested: report.rested,
+            rested: self.pace.borrow().rested(),
         }))
     }
 
@@ -291,7 +293,7 @@ fn fill_blocks(
     lives: &[Live],
     blocks: Range<u32>,
     most: usize,
-    ratio: Option<f64>,
+    pace: &RefCell<Pace>,
 ) -> Result<Report> {
     let mut report = Report::default();
     let pairs: Vec<i16> = lives
@@ -316,7 +318,7 @@ fn fill_blocks(
         columns: &written,
         change: &|row, bad| missing_values(&plans, row, bad),
         heads: &|_| Ok(Vec::new()),
-        pace: RefCell::new(Pace::of_batch(ratio)),
+        pace,
     };
     job.run(&places, &mut report)?;
     Ok(report)

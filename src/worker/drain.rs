@@ -5,6 +5,7 @@
 //! that cannot be worked on is left for a while and holds up the proof, not the other tables.
 //! Nothing here has to survive a crash: cursors and results are in the catalog.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::{Duration, Instant};
@@ -18,7 +19,7 @@ use super::ages::Ages;
 use super::backfill::Backfill;
 use super::barrier::Barrier;
 use super::ending::Quarantine;
-use super::pace;
+use super::pace::{self, Pace};
 use super::proof::{self, Verdict};
 use super::rewrite::{self, Report, Source};
 use super::throttle;
@@ -94,6 +95,8 @@ pub struct Drainer {
     proofs_too_old: u32,
     over: Option<String>,
     ages: Ages,
+    /// Of the present step.
+    pub(super) pace: RefCell<Pace>,
 }
 
 /// A proof that finds stale rows so many times in a row is left for a while: something copies them.
@@ -128,6 +131,7 @@ impl Drainer {
             proofs_too_old: 0,
             over: None,
             ages: Ages::default(),
+            pace: RefCell::new(Pace::of_batch(None)),
         }
     }
 
@@ -164,6 +168,7 @@ impl Drainer {
     /// Does the next thing, in the caller's transaction, which it then commits.
     pub fn step(&mut self) -> Result<Step> {
         self.current = None;
+        self.pace = RefCell::new(Pace::of_batch(self.ratio()));
         failpoint::reach("step.begun")?;
         self.take_turns()
     }
@@ -199,6 +204,7 @@ impl Drainer {
         slots.truncate(self.under_way(&slots)?);
         let later = slots.len() < all;
         let wave = wave(&slots);
+        self.pace.borrow_mut().rest();
         let mut soonest: Option<(Instant, String)> = None;
         let mut stuck = false;
         // Tables take turns: one that is large or slow does not keep the others waiting.
@@ -353,17 +359,19 @@ impl Drainer {
             }));
         }
         self.refuse_bloated(leaf.table)?;
+        self.pace.borrow_mut().rest();
         let begin = Instant::now();
         let table = enter(leaf)?;
         let pass = self.pass(&table, wave)?;
         let name = table::name(leaf.table)?;
+        self.pace.borrow_mut().rest();
         let ratio = self.ratio();
         let size = self.sizes.entry(leaf.table).or_default();
         let mut report;
         let mut seen = 0;
         let (mut cursor, mut left) = (pass.cursor, pass.left);
         if !due.is_empty() {
-            report = retry_rows(leaf, &table, &due)?;
+            report = retry_rows(leaf, &table, &due, &self.pace)?;
         } else if left > 0 {
             if let Some(earlier) = self.touched.remove(&leaf.table) {
                 table.reclaim(earlier);
@@ -374,7 +382,8 @@ impl Drainer {
             }
             let count = size.blocks().min(left).min(blocks - cursor.min(blocks));
             let source = Source::Blocks(cursor..cursor + count, size.rows() as usize);
-            report = rewrite::rewrite(leaf, &table, &source, ratio)?;
+            self.pace.borrow_mut().rest();
+            report = rewrite::rewrite(leaf, &table, &source, &self.pace)?;
             let next = report.stopped_at.unwrap_or(cursor + count);
             if report.rewritten > 0 {
                 self.touched.insert(leaf.table, cursor..next);
@@ -386,11 +395,12 @@ impl Drainer {
             let places = self.findings.remove(&leaf.table).unwrap_or_default();
             let count = places.len().min(size.rows() as usize);
             let (now, later) = places.split_at(count);
-            report = rewrite::rewrite(leaf, &table, &Source::Places(now), ratio)?;
+            report = rewrite::rewrite(leaf, &table, &Source::Places(now), &self.pace)?;
             if !later.is_empty() {
                 self.findings.insert(leaf.table, later.to_vec());
             }
         }
+        self.pace.borrow_mut().rest();
         let mut unlisted = 0;
         for failure in &report.failed {
             unlisted += i64::from(!work::quarantine(leaf.table, failure)?);
@@ -435,7 +445,7 @@ impl Drainer {
             ),
             table: Some(leaf.table),
             rewritten: report.rewritten,
-            rested: report.rested,
+            rested: self.pace.borrow().rested(),
         }))
     }
 
@@ -665,8 +675,13 @@ pub(super) fn enter(leaf: &Leaf) -> std::result::Result<Table, Unable> {
 /// Entries whose row is well again, or gone, leave the quarantine. So do those of other envelopes
 /// than the ones that fail in their place now: what is due must not stay so. A row that somebody
 /// has locked has not been tried: it may yet be the one that the entry is about.
-pub(super) fn retry_rows(leaf: &Leaf, table: &Table, due: &[Tid]) -> Result<Report> {
-    let report = rewrite::rewrite(leaf, table, &Source::Places(due), None)?;
+pub(super) fn retry_rows(
+    leaf: &Leaf,
+    table: &Table,
+    due: &[Tid],
+    pace: &RefCell<Pace>,
+) -> Result<Report> {
+    let report = rewrite::rewrite(leaf, table, &Source::Places(due), pace)?;
     for tid in due {
         if report.locked.contains(tid) {
             work::try_later(leaf.table, *tid)?;

@@ -1,8 +1,9 @@
 //! Rests in the middle of a step, so that its work is spread over the time instead of coming in
 //! bursts.
 //!
-//! Called by src/worker/rewrite.rs between rows, by src/worker/proof.rs and src/worker/elsewhere.rs
-//! between chunks. Whoever commits flushes all WAL that was written before: after a burst of a tenth
+//! Called by src/worker/drain.rs and src/worker/backfill.rs between the parts of a step, by
+//! src/worker/rewrite.rs between rows, by src/worker/proof.rs and src/worker/elsewhere.rs between
+//! chunks. Whoever commits flushes all WAL that was written before: after a burst of a tenth
 //! of a second that is megabytes, of which the application's next commits would wait for the disk.
 
 use std::time::{Duration, Instant};
@@ -17,8 +18,6 @@ use crate::guc;
 const PIECE_OF_A_BATCH: Duration = Duration::from_micros(250);
 /// A scan writes nothing.
 const PIECE_OF_A_SCAN: Duration = Duration::from_millis(20);
-/// Of a scan that has waited for a lock the time by the clock was no work.
-const LONGEST: Duration = Duration::from_secs(1);
 
 /// The time that a batch is to take, in ms. By hand it is rekey.batch_target. The worker, which rests
 /// inside a batch and whose commit costs next to nothing, aims at a quarter: a batch that turns out
@@ -35,8 +34,8 @@ pub fn aim_ms(ratio: Option<f64>) -> u64 {
 pub struct Pace {
     ratio: Option<f64>,
     piece: Duration,
-    /// The time which a batch is to take, if it is not long. Rests that do not fit in come behind
-    /// it: rows are locked, and the clock of the owner's code runs.
+    /// Rests that do not fit in come behind the batch: rows are locked, and the clock of the owner's
+    /// code runs.
     within: Option<Duration>,
     begin: Instant,
     rested: Duration,
@@ -48,7 +47,7 @@ impl Pace {
         Pace {
             ratio,
             piece: PIECE_OF_A_BATCH,
-            within: Some(Duration::from_millis(aim_ms(ratio)).min(LONGEST / 2)),
+            within: Some(schedule::window(Duration::from_millis(aim_ms(ratio)))),
             begin: Instant::now(),
             rested: Duration::ZERO,
         }
@@ -67,16 +66,10 @@ impl Pace {
     pub fn rest(&mut self) {
         let Some(ratio) = self.ratio else { return };
         let took = self.begin.elapsed();
-        let room = match self.within {
-            Some(within) => within.saturating_sub(took),
-            None => LONGEST,
-        };
-        let worked = took.saturating_sub(self.rested);
-        let due = schedule::rest_after(worked, ratio).saturating_sub(self.rested);
-        if room.is_zero() || due.is_zero() || due < schedule::rest_after(self.piece, ratio) {
+        let due = schedule::rest_between(took, self.rested, ratio, self.piece, self.within);
+        if due.is_zero() {
             return;
         }
-        let due = due.min(room);
         let begin = Instant::now();
         while let Some(left) = due.checked_sub(begin.elapsed()) {
             // Of what is less than a millisecond the next rest takes account.

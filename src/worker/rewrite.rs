@@ -10,7 +10,7 @@
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pgrx::{PgSqlErrorCode as Code, pg_sys};
 use rekey_core::envelope::SlotId;
@@ -63,17 +63,14 @@ pub struct Report {
     pub failed: Vec<Failure>,
     /// The owner's code took too long.
     pub slow: bool,
-    /// Time that it rested between rows.
-    pub rested: Duration,
 }
 
-/// Re-encrypts the stale rows of `source`, with a ratio in that share of the time. The caller holds
-/// the barrier and the table's lock.
+/// Re-encrypts the stale rows of `source`. The caller holds the barrier and the table's lock.
 pub fn rewrite(
     leaf: &Leaf,
     table: &Table,
     source: &Source<'_>,
-    ratio: Option<f64>,
+    pace: &RefCell<Pace>,
 ) -> Result<Report> {
     let mut report = Report::default();
     let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
@@ -95,6 +92,7 @@ pub fn rewrite(
     if places.is_empty() {
         return Ok(report);
     }
+    pace.borrow_mut().rest();
     let _owner = ActAs::updating(table.owner(), leaf.fire_triggers);
     let contexts = leaf
         .columns
@@ -120,7 +118,7 @@ pub fn rewrite(
         columns: &columns,
         change: &|row, bad| stale.change(row, bad),
         heads: &|place| stale.heads_at(place),
-        pace: RefCell::new(Pace::of_batch(ratio)),
+        pace,
     };
     job.run(&places, &mut report)?;
     Ok(report)
@@ -226,7 +224,7 @@ pub struct Job<'a> {
     /// The envelopes of one row that a failure of the row as a whole concerns.
     pub heads: &'a dyn Fn(Tid) -> Result<Vec<Head>>,
     /// Its rests between rows.
-    pub pace: RefCell<Pace>,
+    pub pace: &'a RefCell<Pace>,
 }
 
 /// The new values of a row, in the memory context that lasts until it is stored. What is wrong with
@@ -268,7 +266,6 @@ impl Job<'_> {
                 },
             }
         }
-        report.rested = self.pace.borrow().rested();
         Ok(())
     }
 

@@ -281,3 +281,25 @@ fn a_warm_session_follows_an_extension_that_is_dropped_and_made_again() {
         warm.run("COMMIT");
     }
 }
+
+#[test]
+fn a_session_that_has_re_encrypted_does_so_again_under_an_extension_that_was_made_anew() {
+    let database = unloaded().empty_database("d_anew", "");
+    let mut client = database.connect();
+    client.run("CREATE EXTENSION pg_rekey; SET rekey.allow_drop = on");
+    for life in ["one", "another"] {
+        client.run(
+            "SELECT rekey.init_root_key(), rekey.create_key('pii', grace => '0');
+             CREATE TABLE t AS SELECT encrypt_col(i::text, 'pii') AS c FROM generate_series(1, 50) AS i;
+             SELECT rekey.register_column('t', 'c');
+             SELECT rotate_key('pii')",
+        );
+        client.run("CALL rekey.reencrypt()");
+        assert_eq!(
+            client.text("SELECT string_agg(state, ' ' ORDER BY version) FROM rekey.slots"),
+            "drained active",
+            "in {life} life"
+        );
+        client.run("DROP TABLE t; DROP EXTENSION pg_rekey CASCADE; CREATE EXTENSION pg_rekey");
+    }
+}

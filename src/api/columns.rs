@@ -24,7 +24,8 @@ use crate::ffi::trigger::TriggerCall;
 use crate::ffi::{background, hooks, relation, scan, shared, table, text};
 use crate::registry;
 use crate::stale::Holds;
-use crate::worker::drain::{Drainer, Step};
+use crate::worker::drain::Drainer;
+use crate::worker::step::Step;
 use crate::worker::{elsewhere, forecast, refresh};
 
 pub(super) fn object(code: Code, message: String, detail: &str, hint: &str) -> Error {

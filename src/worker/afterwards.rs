@@ -11,12 +11,12 @@ use pgrx::pg_sys::Oid;
 use rekey_core::envelope::SlotId;
 use rekey_core::keyring::SlotState;
 
-use super::drain::{
-    Drainer, Step, Unable, Worked, enter, first_of, lock_free, refuse_paused, retry_rows,
-};
+use super::door::{Unable, enter, refuse_paused};
+use super::drain::{Drainer, lock_free, retry_rows};
 use super::ending::{self, Candidate, Quarantine};
 use super::pace::Pace;
 use super::proof::{self, Verdict};
+use super::step::{Step, Worked, first_of};
 use crate::catalog::read::{self, SlotRow};
 use crate::catalog::{work, write};
 use crate::error::Result;

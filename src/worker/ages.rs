@@ -12,7 +12,7 @@ use rekey_core::envelope::SlotId;
 use rekey_core::keyring::SlotState;
 
 use super::barrier::Barrier;
-use super::drain::Step;
+use super::step::Step;
 use crate::catalog::read::{self, SlotRow};
 use crate::catalog::{work, write};
 use crate::error::{Error, Result};

@@ -14,9 +14,11 @@ use std::time::{Duration, Instant};
 use pgrx::pg_sys::{self, Oid};
 use rekey_core::schedule::{self, BatchSize};
 
-use super::drain::{Drainer, Step, Unable, Worked, covers, enter, refuse_paused};
+use super::door::{Unable, enter, refuse_paused};
+use super::drain::{Drainer, covers};
 use super::pace::{self, Pace};
 use super::rewrite::{self, Bad, Job, Report};
+use super::step::{Step, Worked};
 use crate::catalog::live;
 use crate::catalog::work::{self, Book, Done, Pass};
 use crate::error::Result;

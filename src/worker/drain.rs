@@ -7,7 +7,6 @@
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::{Duration, Instant};
 
 use pgrx::pg_sys::Oid;
@@ -18,51 +17,21 @@ use rekey_core::schedule::BatchSize;
 use super::ages::Ages;
 use super::backfill::Backfill;
 use super::barrier::Barrier;
+use super::door::{Unable, enter, refuse_paused};
 use super::ending::Quarantine;
 use super::pace::{self, Pace};
 use super::proof::{self, Verdict};
 use super::rewrite::{self, Report, Source};
-use super::throttle;
+use super::step::{Step, Worked, first_of};
+use super::{throttle, wave};
 use crate::catalog::read::{self, SlotRow};
 use crate::catalog::work::{self, Book, Done, Pass};
-use crate::catalog::{self, write};
+use crate::catalog::write;
 use crate::error::Result;
 use crate::ffi::table::{self, Table, Tid};
-use crate::ffi::{locks, session, shared, sql};
+use crate::ffi::{session, shared, sql};
 use crate::registry::{self, Leaf};
-use crate::stale::{self, Standing};
-use crate::{cache, failpoint, guc, lifecycle};
-
-/// What a step did, or what to wait for.
-pub enum Step {
-    /// Something; there may be more.
-    Worked(Worked),
-    /// Nothing for so long; why. Zero: there is nothing to wait for here.
-    Wait(Duration, String),
-    /// Nothing until something happens, or until so many seconds have passed.
-    Idle(Option<i64>),
-}
-
-impl Step {
-    /// Nothing until then; never zero, which has a meaning of its own.
-    pub fn until(at: Instant, why: String) -> Step {
-        let left = at.saturating_duration_since(Instant::now());
-        Step::Wait(left.max(Duration::from_millis(1)), why)
-    }
-}
-
-/// What a step did.
-#[derive(Default)]
-pub struct Worked {
-    /// For people: what was done.
-    pub what: String,
-    /// Table, of a batch.
-    pub table: Option<Oid>,
-    /// Rows re-encrypted.
-    pub rewritten: i64,
-    /// Time that it has rested already.
-    pub rested: Duration,
-}
+use crate::{failpoint, guc, lifecycle};
 
 /// A table that is out of turn.
 pub(super) struct Rest {
@@ -193,7 +162,7 @@ impl Drainer {
     /// The next thing of the rotations that are committed.
     fn drain_slots(&mut self) -> Result<Step> {
         let (leaves, troubles) = registry::leaves()?;
-        let mut slots = targets()?;
+        let mut slots = wave::targets()?;
         // Where nothing at all is registered nobody has said where values are, and a proof would
         // be an empty phrase. A registered table that has no partition holds nothing.
         let silent = leaves.is_empty() && read::registered_columns()?.is_empty();
@@ -201,9 +170,9 @@ impl Drainer {
             return self.afterwards(&leaves, &troubles);
         }
         let all = slots.len();
-        slots.truncate(self.under_way(&slots)?);
+        slots.truncate(wave::under_way(&slots, self.over.as_deref())?);
         let later = slots.len() < all;
-        let wave = wave(&slots);
+        let wave = wave::name(&slots);
         self.pace.borrow_mut().rest();
         let mut soonest: Option<(Instant, String)> = None;
         let mut stuck = false;
@@ -259,20 +228,6 @@ impl Drainer {
             return Ok(Step::Idle(None));
         }
         self.prove(&leaves, &troubles, &slots, &wave, later)
-    }
-
-    /// How many of the slots, in the order of their rotations, the wave under way is about: the most
-    /// that the passes of the tables name, so that every drainer goes on with the same ones. A later
-    /// rotation waits for the next wave, or rotations that come fast would end none. All, when no
-    /// wave is under way, or when it comes to no end for now.
-    fn under_way(&self, slots: &[SlotRow]) -> Result<usize> {
-        let named = work::waves()?;
-        let names = waves(slots).collect::<Vec<_>>();
-        let known = names.iter().rposition(|name| named.contains(name));
-        let over = |at: &usize| self.over.as_ref() == Some(&names[*at]);
-        Ok(known
-            .filter(|at| !over(at))
-            .map_or(slots.len(), |at| at + 1))
     }
 
     /// The wave comes to no end for now: later rotations join it.
@@ -614,14 +569,14 @@ impl Drainer {
     /// What is left of a wave when some of its slots are drained needs no other pass and no other
     /// barrier.
     fn keep_passes(&mut self, slots: &[SlotRow], wave_before: &str) -> Result<()> {
-        let left = targets()?;
+        let left = wave::targets()?;
         let is_of_it = |slot: &SlotRow| {
             slots
                 .iter()
                 .any(|s| (s.id, s.superseded_at) == (slot.id, slot.superseded_at))
         };
         if !left.is_empty() && left.iter().all(is_of_it) {
-            let wave = wave(&left);
+            let wave = wave::name(&left);
             work::rename_wave(wave_before, &wave)?;
             if let Some(barrier) = &mut self.barrier {
                 barrier.goes_on_for(&wave);
@@ -629,47 +584,6 @@ impl Drainer {
         }
         Ok(())
     }
-}
-
-pub(super) fn refuse_paused(leaf: &Leaf) -> std::result::Result<(), Unable> {
-    match work::paused(leaf.table)? {
-        Some(why) => Err(Unable::Paused(why)),
-        None => Ok(()),
-    }
-}
-
-/// The one door to a table's rows: one drainer, no wait for a lock, nothing in the table that must
-/// not run, the barrier held.
-pub(super) fn enter(leaf: &Leaf) -> std::result::Result<Table, Unable> {
-    let others = leaf
-        .columns
-        .iter()
-        .try_for_each(|column| column.refuse_other_owner(leaf.table));
-    if let Err(error) = others {
-        return Err(Unable::Refused(error.explain().0));
-    }
-    if !locks::become_drainer(catalog::registered_column()?, leaf.table) {
-        return Err(Unable::Busy("another session re-encrypts it".to_string()));
-    }
-    let Some(table) = Table::open_for_update(leaf.table) else {
-        return Err(Unable::Busy("it is locked".to_string()));
-    };
-    if !table.is_heap() {
-        return Err(Unable::Refused("it is no heap table".to_string()));
-    }
-    let columns: Vec<i16> = leaf.columns.iter().map(|column| column.attnum).collect();
-    // The leaves were read without a lock: a column may have another type by now. Live columns,
-    // which come without a name, are of any type.
-    let mut registered = leaf.columns.iter().filter(|column| !column.name.is_empty());
-    if !registered.all(|column| table.has_bytea(column.attnum)) {
-        return Err(Unable::Refused("its columns have changed".to_string()));
-    }
-    let refusal = registry::refusal(table.relation(), &columns, leaf.fire_triggers);
-    if let Some((why, name)) = refusal {
-        return Err(Unable::Refused(format!("it {why}: {name}")));
-    }
-    cache::enter_barrier()?;
-    Ok(table)
 }
 
 /// Entries whose row is well again, or gone, leave the quarantine. So do those of other envelopes
@@ -694,76 +608,9 @@ pub(super) fn retry_rows(
     Ok(report)
 }
 
-pub(super) enum Unable {
-    /// Somebody has paused it.
-    Paused(String),
-    /// Somebody else is at it: soon again.
-    Busy(String),
-    /// It cannot be done as the table is now: later.
-    Refused(String),
-    /// Anything else.
-    Error(crate::error::Error),
-}
-
-impl From<crate::error::Error> for Unable {
-    fn from(error: crate::error::Error) -> Unable {
-        Unable::Error(error)
-    }
-}
-
-/// Of two steps the one that has done something; else the wait for both. An idle step lets the
-/// worker go, and with it the memory of what a wait is for.
-pub(super) fn first_of(one: Step, other: Step) -> Step {
-    /// What is due but not done is looked at so often; longer than a CALL waits.
-    const SOON: Duration = Duration::from_secs(10);
-    let at = |seconds: i64| Duration::from_secs(seconds.unsigned_abs()).max(SOON);
-    match (one, other) {
-        (Step::Worked(worked), _) | (_, Step::Worked(worked)) => Step::Worked(worked),
-        (Step::Wait(time, why), Step::Wait(later, _)) if !time.is_zero() && time <= later => {
-            Step::Wait(time, why)
-        }
-        (Step::Wait(..), Step::Wait(time, why)) => Step::Wait(time, why),
-        (Step::Wait(time, why), Step::Idle(due)) | (Step::Idle(due), Step::Wait(time, why)) => {
-            Step::Wait(due.map_or(time, |due| time.min(at(due))), why)
-        }
-        (Step::Idle(one), Step::Idle(other)) => {
-            Step::Idle([one, other].into_iter().flatten().min())
-        }
-    }
-}
-
 /// Whether the leaf belongs to the table that was asked for.
 pub(super) fn covers(only: Oid, leaf: Oid) -> bool {
     only == leaf || crate::ffi::relation::leaves(only).contains(&leaf)
-}
-
-/// The slots that await a drain, in the order of their rotations: compromised ones first, alone.
-fn targets() -> Result<Vec<SlotRow>> {
-    let slots = stale::slots()?;
-    let mut targets: Vec<SlotRow> = read::all_slots()?
-        .into_iter()
-        .filter(|slot| slot.state == SlotState::Previous)
-        .filter(|slot| slots.standing(slot.id) == Standing::Stale)
-        .collect();
-    if targets.iter().any(|slot| slot.compromised) {
-        targets.retain(|slot| slot.compromised);
-    }
-    targets.sort_by_key(|slot| (slot.superseded_at, slot.id.get()));
-    Ok(targets)
-}
-
-/// Names the rotations that a pass and a proof serve.
-fn wave(slots: &[SlotRow]) -> String {
-    waves(slots).last().unwrap_or_default()
-}
-
-/// The names of the first one, the first two and so on.
-fn waves(slots: &[SlotRow]) -> impl Iterator<Item = String> {
-    let mut hasher = DefaultHasher::new();
-    slots.iter().map(move |slot| {
-        (slot.id.get(), slot.superseded_at).hash(&mut hasher);
-        format!("{:016x}", hasher.finish())
-    })
 }
 
 /// Marks the proved slots as drained: those that are what they were when the proof began, and whose

@@ -13,7 +13,8 @@ use std::time::Duration;
 use pgrx::pg_sys::{self, Oid};
 use rekey_core::schedule::{self, Facts};
 
-use super::drain::{Drainer, Step, Worked};
+use super::drain::Drainer;
+use super::step::{Step, Worked};
 use super::throttle;
 use crate::catalog::work;
 use crate::ffi::background::{self, Started};

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# package-check.sh [PACKAGE.deb]: install a package on a clean Debian and use it.
-# Called by `make package-check`. The clean Debian is a throwaway root made by debootstrap from the
-# mirrors that this system's apt uses; nothing of this system but the package goes into it. There a
-# cluster is made as an administrator makes one, values are sealed, a key is rotated, the server is
-# restarted, everything is opened, and the package is removed without a trace.
+# package-check.sh [PACKAGE.deb]: install a package on a clean Debian and use it; without one, all
+# those of target/package/. Called by `make package-check`. The clean Debian is a throwaway root made
+# by debootstrap from the mirrors that this system's apt uses; nothing of this system but the package
+# goes into it. There a cluster is made as an administrator makes one, values are sealed, a key is
+# rotated, the server is restarted, everything is opened, and the package is removed without a trace.
+# Where apt knows no server of the package's version, that of setup.sh stands in for it, laid out and
+# packed as Debian's.
 # Needs root (chroot, mount). Invariant: however it ends, the server is stopped and the root is gone.
 set -euo pipefail
 # shellcheck source=scripts/env.sh
@@ -11,7 +13,14 @@ set -euo pipefail
 
 is_root || die "this makes a root folder of its own and needs root"
 command -v debootstrap >/dev/null || die "debootstrap is missing: apt-get install debootstrap"
-deb=${1:-$(echo "$REKEY_ROOT"/target/package/postgresql-15-pg-rekey_*.deb)}
+if [ $# -eq 0 ]; then
+    for deb in "$REKEY_ROOT"/target/package/*.deb; do
+        [ -f "$deb" ] || die "no packages in target/package: make package"
+        "${BASH_SOURCE[0]}" "$deb"
+    done
+    exit
+fi
+deb=$1
 [ -f "$deb" ] || die "$deb is missing: make package"
 name=$(dpkg-deb -f "$deb" Package)
 major=${name#postgresql-}
@@ -23,6 +32,43 @@ sources() { # the lines of apt's own sources that are Debian's
     # shellcheck disable=SC2016 # apt's own variables
     apt-get indextargets --format '$(ORIGIN) $(CODENAME) $(REPO_URI) $(COMPONENT)' \
         "Created-By: Packages" | awk '$1 == "Debian" { print "deb", $3, $2, $4 }' | sort -u
+}
+
+# A package of a server that apt does not know: the tree that setup.sh has fetched, where Debian has
+# its files. Its binaries look for their files relative to where they lie.
+stand_in() { # PACKAGE.deb
+    local config prefix share pkglib stage=$root/tmp/server libs
+    config=$(source_config "$major")
+    [ -x "$config" ] || die "neither apt nor this machine has PostgreSQL $major: scripts/setup.sh $major"
+    prefix=$(dirname "$("$config" --bindir)")
+    share=$("$config" --sharedir)
+    pkglib=$("$config" --pkglibdir)
+    local home=$stage/usr/lib/postgresql/$major
+    mkdir -p "$home" "$stage/usr/share/postgresql" "$stage/DEBIAN"
+    cp -aL "$prefix/bin" "$prefix/lib" "$home/"
+    cp -aL "$share" "$stage/usr/share/postgresql/$major"
+    mkdir -p "$(dirname "$home/${share#"$prefix"/}")"
+    ln -s "/usr/share/postgresql/$major" "$home/${share#"$prefix"/}"
+    if [ "$pkglib" != "$prefix/lib" ]; then
+        cp -a "$home/${pkglib#"$prefix"/}/." "$home/lib/"
+        rm -rf "$home/${pkglib#"$prefix"/}"
+        ln -s "/usr/lib/postgresql/$major/lib" "$home/${pkglib#"$prefix"/}"
+    fi
+    for libs in "$(dirname "$(dirname "$prefix")")"/*.libs; do
+        [ ! -d "$libs" ] || cp -aL "$libs" "$stage/usr/lib/"
+    done
+    chmod -R u+w,a+rX "$stage"
+    chmod a+x "$home"/bin/*
+    cat >"$stage/DEBIAN/control" <<END
+Package: postgresql-$major
+Version: $("$config" --version | grep -o '[0-9.]*$')-0standin
+Architecture: $(dpkg --print-architecture)
+Maintainer: nobody <nobody@localhost>
+Depends: postgresql-common
+Description: stand-in for a server that this system's mirrors do not have
+END
+    dpkg-deb --root-owner-group -Znone --build "$stage" "$1" >/dev/null
+    rm -rf "$stage"
 }
 
 make_work
@@ -71,10 +117,15 @@ echo "create_main_cluster = false" >"$root/etc/postgresql-common/createcluster.d
 say "2. The package, with PostgreSQL $major and nothing else that it does not ask for"
 cp "$deb" "$root/tmp/"
 inside find / -xdev -name '*pg_rekey*' >"$REKEY_WORK/package-check.before"
-{
-    inside apt-get update -q
-    inside apt-get install -q -y --no-install-recommends "/tmp/$(basename "$deb")"
-} >"$REKEY_WORK/package-check.log" 2>&1 ||
+packages=("/tmp/$(basename "$deb")")
+inside apt-get update -q >"$REKEY_WORK/package-check.log" 2>&1 ||
+    { tail -20 "$REKEY_WORK/package-check.log" >&2; die "apt-get update fails in the clean root"; }
+if [ -z "$(inside apt-cache search --names-only "^postgresql-$major\$")" ]; then
+    say "    no mirror has PostgreSQL $major: one of this machine stands in, packed as Debian's"
+    stand_in "$root/tmp/stand-in.deb"
+    packages=(/tmp/stand-in.deb "${packages[@]}")
+fi
+inside apt-get install -q -y --no-install-recommends "${packages[@]}" >>"$REKEY_WORK/package-check.log" 2>&1 ||
     { tail -20 "$REKEY_WORK/package-check.log" >&2; die "the package does not install"; }
 inside dpkg --verify "$name" || die "installed files differ from the package's sums"
 for file in README.md.gz README.md changelog.Debian.gz copyright; do
@@ -126,7 +177,7 @@ expect "SELECT rekey.ready()" t
 say "6. Removed without a trace"
 inside pg_ctlcluster "$major" rekey stop
 inside dpkg -P "$name" >/dev/null
-inside rm "/tmp/$(basename "$deb")"
+inside rm "${packages[@]}"
 inside find / -xdev -name '*pg_rekey*' ! -path /etc/pg_rekey >"$REKEY_WORK/package-check.after"
 cmp -s "$REKEY_WORK/package-check.before" "$REKEY_WORK/package-check.after" ||
     { cat "$REKEY_WORK/package-check.after" >&2; die "files of the package are left"; }

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # package.sh: Debian packages of a release build, one for each PostgreSQL that this system has from
-# Debian packages and that the extension supports. Called by `make package`; package-check.sh tries
-# the result on a clean system. They go to target/package/.
+# Debian packages and that the extension supports; REKEY_PACKAGE_MAJORS ("15 16 18") names others,
+# which are built against the headers of setup.sh's servers. Called by `make package`;
+# package-check.sh tries the results on clean systems. They go to target/package/.
 # Reproducible: times are those of the last commit, owners are root, paths of this machine are
 # mapped to fixed ones, so that the same commit, toolchain and server packages give the same bytes.
 # REKEY_PACKAGER ("Name <address>") replaces the last committer as the maintainer.
@@ -33,7 +34,9 @@ date_of_commit=$(date -u -R -d "@$SOURCE_DATE_EPOCH")
 majors() {
     local major
     while read -r major; do
-        if dpkg-query -S "/usr/lib/postgresql/$major/bin/postgres" >/dev/null 2>&1; then
+        if [ -n "${REKEY_PACKAGE_MAJORS:-}" ]; then
+            [[ " $REKEY_PACKAGE_MAJORS " != *" $major "* ]] || echo "$major"
+        elif dpkg-query -S "/usr/lib/postgresql/$major/bin/postgres" >/dev/null 2>&1; then
             echo "$major"
         fi
     done < <(sed -n 's/^pg\([0-9]*\) = .*/\1/p' Cargo.toml)
@@ -52,10 +55,10 @@ build() { # MAJOR
         flags+=" --remap-path-prefix=$registry=/usr/share/cargo/registry"
     done
     # A stamp of the work tree would not tell this build from a plain one: a folder of its own.
+    local -a tree=("REKEY_WORK=$REKEY_WORK/package" "PG_CONFIG_$1=$(source_config "$1")")
     env "$variable=$flags" CFLAGS="-ffile-prefix-map=$REKEY_ROOT=/usr/src/pg-rekey ${CFLAGS:-}" \
-        REKEY_WORK="$REKEY_WORK/package" REKEY_PG="$1" PG_CONFIG_"$1"="$(source_config "$1")" \
-        scripts/build.sh release
-    REKEY_WORK=$REKEY_WORK/package scripts/prefix.sh "$1" release
+        "${tree[@]}" REKEY_PG="$1" scripts/build.sh release
+    env "${tree[@]}" scripts/prefix.sh "$1" release
 }
 
 needed_libraries() { # LIBRARY: a Depends line for what it links to

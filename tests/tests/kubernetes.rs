@@ -3,8 +3,8 @@
 //!
 //! The kubelet's part is that of its AtomicWriter (pkg/volume/util/atomic_writer.go of Kubernetes):
 //! files are links to `..data/NAME`, `..data` is a link to a folder named by the time, and a new
-//! version takes its place by a rename. As root the files belong to root and the server's group, as with
-//! `fsGroup`; anyone else can only make files of his own, and some of it is not tried.
+//! version takes its place by a rename. As root the files belong to root and the server's group, as
+//! with `fsGroup`; anyone else can only make files of his own, and some of it is not tried.
 
 use std::fs;
 use std::io::Write as _;

@@ -1,8 +1,8 @@
 //! The scripts of examples/root-key/ for HSMs, the clouds' key management services and systemd.
 //!
 //! `make test-providers` fetches what they need: SoftHSM, and moto, which imitates AWS. Google's
-//! service has no emulator: tests/providers/gcp_kms.py stands in for it. A test without its programs
-//! prints that it was skipped. OpenBao has a file of its own, `openbao.rs`.
+//! service has no emulator: tests/providers/gcp_kms.py stands in for it. A test without its
+//! programs prints that it was skipped. OpenBao has a file of its own, `openbao.rs`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;

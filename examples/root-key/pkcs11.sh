@@ -7,7 +7,9 @@
 # Then:  rekey.root_key_command =
 #            'PKCS11_MODULE=/usr/lib/softhsm/libsofthsm2.so /etc/pg_rekey/pkcs11.sh'
 #
-# Tokens bound the size of a data object; a keyring has some 170 bytes per root key.
+# For a rotation first take the old object out (--delete-object instead of --write-object): of two
+# with one label pkcs11-tool reads any. It reads 5000 bytes at most, and tokens may hold less: a
+# keyring has some 170 bytes per root key.
 set -eu
 : "${PKCS11_MODULE:?}"
 pin_file=${PKCS11_PIN_FILE:-/etc/pg_rekey/pkcs11-pin}

@@ -700,6 +700,19 @@ fn server_ids() -> Option<(u32, u32)> {
     ))
 }
 
+/// Whether a process whose command line contains `word` runs.
+pub fn runs(word: &str) -> bool {
+    let processes = fs::read_dir("/proc").expect("/proc");
+    processes
+        .flatten()
+        .filter_map(|process| fs::read(process.path().join("cmdline")).ok())
+        .any(|line| {
+            String::from_utf8_lossy(&line)
+                .replace('\0', " ")
+                .contains(word)
+        })
+}
+
 /// The processes whose parent is `pid`.
 fn children_of(pid: &str) -> Vec<String> {
     let parent = format!("PPid:\t{pid}");
@@ -714,7 +727,8 @@ fn children_of(pid: &str) -> Vec<String> {
         .collect()
 }
 
-fn signal(name: &str, pid: &str) {
+/// Sends a signal to a process.
+pub fn signal(name: &str, pid: &str) {
     // The shell's own kill: a small system has no other.
     run(Command::new("sh").args(["-c", "kill -s \"$0\" \"$1\"", name, pid]));
 }

@@ -1,9 +1,10 @@
 //! The harness of the black-box tests: throwaway PostgreSQL servers and plain questions in SQL.
 //!
 //! `cluster` starts, stops, crashes and copies servers; `sql` puts questions to them and judges
-//! refusals; `page` runs the pages of docs/; `bytes` builds and takes apart envelopes by the
-//! published format. The tests in `tests/*.rs` know the extension only by its SQL surface. A test
-//! binary starts a server on first use and shares it among its tests, each in a database of its own.
+//! refusals; `provider` has their root keys come from elsewhere; `page` runs the pages of docs/;
+//! `bytes` builds and takes apart envelopes by the published format. The tests in `tests/*.rs` know
+//! the extension only by its SQL surface. A test binary starts a server on first use and shares it
+//! among its tests, each in a database of its own.
 //! No test sleeps to synchronise: [`wait_until`] polls with a deadline.
 //!
 //! Environment: `REKEY_PG_BIN` is the folder of the server's programs (default: Debian's
@@ -13,6 +14,7 @@
 pub mod bytes;
 pub mod cluster;
 pub mod page;
+pub mod provider;
 pub mod sql;
 
 use std::thread::sleep;

@@ -1,79 +1,93 @@
 //! The scripts of examples/root-key/ against a real OpenBao: root keys from its KV and transit
-//! engines, a rotation there, an outage, a revoked token.
+//! engines, a rotation there, every kind of outage, a revoked token.
 //!
-//! `make test-providers` runs it. Without REKEY_BAO, the path of the `bao` program, it prints that it
-//! was skipped. OpenBao runs in its development mode, in memory, on a port of this machine.
+//! `make test-providers` runs it. Without OpenBao's program it prints that it was skipped. The
+//! server keeps its data in the cluster's folder, and is sealed and unsealed as one in production.
 
-use std::ffi::OsString;
 use std::fs;
-use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
+use std::time::{Duration, Instant};
 
-use rekey_tests::cluster::{as_server, run};
-use rekey_tests::{Ask, Cluster, Options, wait_until};
+use rekey_tests::cluster::{give_to_server, run, runs};
+use rekey_tests::provider::{OPEN, Served, Service, fetched, free_ports, one_key_more, secret_of};
+use rekey_tests::{Ask, wait_until};
 
-const OPEN: &str = "SELECT decrypt_col(c) FROM t";
-const TOKEN: &str = "the-root-token-of-a-test";
+const KV_POLICY: &str = "path \"secret/data/pg_rekey\" { capabilities = [\"read\"] }";
+const TRANSIT_POLICY: &str = "path \"transit/decrypt/pg_rekey\" { capabilities = [\"update\"] }";
 
-/// A development server of OpenBao, killed when dropped.
-struct Bao {
-    program: OsString,
+/// A server of OpenBao, initialized and unsealed, with the KV engine at `secret/`.
+struct Bao<'a> {
+    served: &'a Served,
+    program: PathBuf,
     address: String,
-    home: PathBuf,
-    server: Option<Child>,
+    unseal_key: String,
+    root_token: String,
+    server: Option<Service>,
 }
 
-impl Bao {
-    fn start(program: OsString, home: &Path) -> Bao {
-        // The port is free again when the listener is dropped; nothing else here takes it.
-        let port = TcpListener::bind("127.0.0.1:0")
-            .expect("a port")
-            .local_addr()
-            .expect("its number");
+impl<'a> Bao<'a> {
+    fn start(program: PathBuf, served: &'a Served) -> Bao<'a> {
+        let data = served.cluster.dir().join("bao");
+        fs::create_dir(&data).expect("OpenBao's folder");
+        give_to_server(&data);
+        let [address, peers] = free_ports();
+        served.private(
+            "bao.hcl",
+            format!(
+                "storage \"raft\" {{\n path = \"{}\"\n node_id = \"one\"\n \
+                 performance_multiplier = 1\n max_entry_size = 4194304\n}}\n\
+                 listener \"tcp\" {{\n address = \"127.0.0.1:{address}\"\n \
+                 cluster_address = \"127.0.0.1:{peers}\"\n tls_disable = true\n}}\n\
+                 api_addr = \"http://127.0.0.1:{address}\"\n\
+                 cluster_addr = \"http://127.0.0.1:{peers}\"\n",
+                data.display()
+            ),
+        );
         let mut bao = Bao {
+            served,
             program,
-            address: port.to_string(),
-            home: home.to_owned(),
+            address: format!("127.0.0.1:{address}"),
+            unseal_key: String::new(),
+            root_token: String::new(),
             server: None,
         };
         bao.boot();
+        let init = ["-key-shares=1", "-key-threshold=1", "-format=json"];
+        let init = bao.run(&[&["operator", "init"], &init[..]].concat());
+        let init: serde_json::Value = serde_json::from_str(&init).expect("JSON");
+        let text = |value: &serde_json::Value| value.as_str().expect("a text").to_owned();
+        bao.unseal_key = text(&init["unseal_keys_b64"][0]);
+        bao.root_token = text(&init["root_token"]);
+        bao.unseal();
+        bao.run(&["secrets", "enable", "-path=secret", "kv-v2"]);
         bao
     }
 
+    /// Starts it; a server that was initialized before is sealed then.
     fn boot(&mut self) {
-        let server = self
-            .command()
-            .args(["server", "-dev", "-dev-no-store-token"])
-            .arg(format!("-dev-root-token-id={TOKEN}"))
-            .arg(format!("-dev-listen-address={}", self.address))
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn();
-        self.server = Some(server.expect("OpenBao"));
-        wait_until("OpenBao answers", || {
-            TcpStream::connect(&self.address).is_ok()
-                && self
-                    .command()
-                    .arg("status")
-                    .output()
-                    .is_ok_and(|o| o.status.success())
+        let mut server = self.command();
+        server.args(["server", "-config=bao.hcl"]);
+        let answers = || {
+            let status = self.command().arg("status").output().expect("a status");
+            matches!(status.status.code(), Some(0 | 2))
+        };
+        self.server = Some(Service::start(&mut server, answers));
+    }
+
+    fn unseal(&self) {
+        self.run(&["operator", "unseal", &self.unseal_key]);
+        wait_until("OpenBao serves", || {
+            let lookup = self.command().args(["token", "lookup"]).output();
+            lookup.expect("an answer").status.success()
         });
     }
 
-    fn stop(&mut self) {
-        if let Some(mut server) = self.server.take() {
-            server.kill().expect("OpenBao killed");
-            server.wait().expect("its end");
-        }
-    }
-
     fn command(&self) -> Command {
-        let mut command = as_server(&self.program);
+        let mut command = self.served.program(&self.program);
         command
             .env("BAO_ADDR", format!("http://{}", self.address))
-            .env("BAO_TOKEN", TOKEN)
-            .env("HOME", &self.home);
+            .env("BAO_TOKEN", &self.root_token);
         command
     }
 
@@ -81,91 +95,67 @@ impl Bao {
         let output = run(self.command().args(args));
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
-}
 
-impl Drop for Bao {
-    fn drop(&mut self) {
-        self.stop();
+    fn service(&self) -> &Service {
+        self.server.as_ref().expect("a running server")
     }
-}
 
-/// The program, or None after a line that says what is not tried.
-fn program(test: &str) -> Option<OsString> {
-    let program = std::env::var_os("REKEY_BAO");
-    if program.is_none() {
-        eprintln!(
-            "skipped: {test} needs REKEY_BAO, the path of OpenBao's program (make test-providers)"
+    /// A secret of the KV engine, whose fields are those of a JSON file.
+    fn put(&self, file: &Path) {
+        let file = format!("@{}", file.display());
+        let put = ["kv", "put", "-mount=secret", "pg_rekey", &file];
+        wait_until("the KV engine is set up", || {
+            let put = self.command().args(put).output();
+            put.expect("an answer").status.success()
+        });
+    }
+
+    /// What the server's token may do from now on.
+    fn allow(&self, policy: &str) {
+        let rules = self.served.private("policy.hcl", policy);
+        self.run(&["policy", "write", "pg_rekey", &rules]);
+    }
+
+    /// Puts a fresh token with the example's policy in its place, and returns it.
+    fn new_token(&self) -> String {
+        let token = self.run(&["token", "create", "-policy=pg_rekey", "-field=token"]);
+        self.served.private("token", &token);
+        token
+    }
+
+    /// Sets the example as the command, under a token with the policy that it documents.
+    fn use_example(&self, name: &str, policy: &str, more: &str) -> String {
+        self.allow(policy);
+        let token = self.new_token();
+        let token_file = self.served.cluster.dir().join("token");
+        let variables = format!(
+            "BAO_ADDR=http://{} BAO_TOKEN_FILE={} {more}",
+            self.address,
+            token_file.display()
         );
+        self.served.use_example(name, &variables);
+        token
     }
-    program
-}
-
-/// A server with a sealed row whose keyring file is going to move to OpenBao.
-fn cluster() -> (Cluster, PathBuf) {
-    let cluster = Cluster::start(Options::unloaded());
-    cluster.database("app").connect().run(
-        "SELECT rekey.create_key('pii');
-         CREATE TABLE t AS SELECT encrypt_col('one', 'pii') AS c",
-    );
-    let keyring = cluster.dir().join("moved.json");
-    fs::rename(cluster.root_key_file(), &keyring).expect("the keyring moved");
-    (cluster, keyring)
-}
-
-/// Sets the example as the command, under a token with the policy that it documents.
-fn use_example(cluster: &Cluster, bao: &Bao, name: &str, policy: &str, settings: &str) -> String {
-    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/root-key");
-    let script = fs::read(examples.join(name)).expect("the example");
-    let path = cluster.dir().join(name);
-    cluster.write_file(&path, &script, 0o700);
-    let rules = cluster.dir().join("policy.hcl");
-    cluster.write_file(&rules, policy.as_bytes(), 0o600);
-    bao.run(&["policy", "write", "pg_rekey", &rules.display().to_string()]);
-    let token = bao.run(&["token", "create", "-policy=pg_rekey", "-field=token"]);
-    let token_file = cluster.dir().join("token");
-    cluster.write_file(&token_file, token.as_bytes(), 0o600);
-    cluster.append("rekey.root_key_file = ''");
-    cluster.append(&format!(
-        "rekey.root_key_command = 'BAO_ADDR=http://{} BAO_TOKEN_FILE={} {settings} {}'",
-        bao.address,
-        token_file.display(),
-        path.display()
-    ));
-    cluster.append("shared_preload_libraries = 'pg_rekey'");
-    cluster.restart("fast");
-    token
 }
 
 #[test]
 fn the_kv_engine_serves_rotates_and_goes_away() {
-    let Some(program) = program("the KV engine") else {
+    let Some([program]) = fetched("the KV engine", ["bin/bao"]) else {
         return;
     };
-    let (cluster, keyring) = cluster();
-    let mut bao = Bao::start(program, cluster.dir());
-    let put = |bao: &Bao, keyring: &Path| {
-        bao.run(&[
-            "kv",
-            "put",
-            "-mount=secret",
-            "pg_rekey",
-            &format!("@{}", keyring.display()),
-        ]);
-    };
-    put(&bao, &keyring);
-    let policy = "path \"secret/data/pg_rekey\" { capabilities = [\"read\"] }";
-    let token = use_example(&cluster, &bao, "openbao-kv.sh", policy, "");
-    let mut client = cluster.connect("app");
+    let served = Served::start();
+    let mut bao = Bao::start(program, &served);
+    let cluster = &served.cluster;
+    bao.put(&served.keyring);
+    let token = bao.use_example("openbao-kv.sh", KV_POLICY, "");
+    cluster.append("shared_preload_libraries = 'pg_rekey'");
+    cluster.restart("fast");
+    let mut client = served.connect();
     assert_eq!(client.text(OPEN), "one");
     assert!(client.truth("SELECT rekey.ready()"));
 
-    let new_key = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/root-key/new-key.sh");
-    let more = run(Command::new(new_key).arg(&keyring)).stdout;
-    let more_file = cluster.dir().join("more.json");
-    cluster.write_file(&more_file, &more, 0o600);
-    put(&bao, &more_file);
-    let ids = String::from_utf8_lossy(&more).into_owned();
-    let new = ids.rsplit("\"id\":\"").next().expect("the last id")[..32].to_owned();
+    let (more, new) = one_key_more(&served.keyring);
+    bao.put(served.private("more.json", &more).as_ref());
     let old = client.text("SELECT root_id FROM rekey.root_keys");
     assert_eq!(
         client.text(&format!("SELECT rekey.rotate_root_key('{new}')")),
@@ -175,66 +165,189 @@ fn the_kv_engine_serves_rotates_and_goes_away() {
         "SELECT rotate_key('pii'); SELECT rekey.retire_root_key('{old}')"
     ));
     cluster.restart("fast");
-    let mut client = cluster.connect("app");
+    let mut client = served.connect();
     assert_eq!(client.text(OPEN), "one");
 
     // An outage: what holds the root keys goes on, what does not says so.
-    bao.stop();
+    bao.server = None;
     client.run("SELECT rotate_key('pii'); INSERT INTO t VALUES (encrypt_col('two', 'pii'))");
-    assert_eq!(client.column(&format!("{OPEN} ORDER BY 1")), ["one", "two"]);
+    assert_eq!(client.column(OPEN), ["one", "two"]);
     client.refuse("SELECT rekey.reload_root_keys()", "58000");
     cluster.restart("fast");
-    cluster.connect("app").refuse(OPEN, "58000");
+    served.connect().refuse(OPEN, "58000");
     bao.boot();
-    let rules = cluster.dir().join("policy.hcl");
-    bao.run(&["policy", "write", "pg_rekey", &rules.display().to_string()]);
-    put(&bao, &more_file);
-    // A development server forgets its tokens.
-    cluster.connect("app").refuse(OPEN, "58000");
-    let again = bao.run(&["token", "create", "-policy=pg_rekey", "-field=token"]);
-    cluster.write_file(&cluster.dir().join("token"), again.as_bytes(), 0o600);
-    assert_eq!(
-        cluster.connect("app").column(&format!("{OPEN} ORDER BY 1")),
-        ["one", "two"]
-    );
+    // It comes back sealed.
+    served.connect().refuse(OPEN, "58000");
+    bao.unseal();
+    assert_eq!(served.connect().column(OPEN), ["one", "two"]);
+    bao.run(&["token", "revoke", &token]);
+    served.connect().refuse(OPEN, "58000");
+    let again = bao.new_token();
+    assert_eq!(served.connect().column(OPEN), ["one", "two"]);
 
     let log = cluster.log();
     assert!(log.contains("root key command: curl: "), "{log}");
-    for secret in [
-        &token,
-        &again,
-        &ids[ids.find("\"key\":\"").expect("a key") + 7..][..64].to_owned(),
-    ] {
+    for secret in [&token, &again, &secret_of(&more)] {
         assert!(!log.contains(secret.as_str()), "a secret is in the log");
     }
 }
 
 #[test]
 fn the_transit_engine_opens_the_keyring_and_can_refuse() {
-    let Some(program) = program("the transit engine") else {
+    let Some([program]) = fetched("the transit engine", ["bin/bao"]) else {
         return;
     };
-    let (cluster, keyring) = cluster();
-    let bao = Bao::start(program, cluster.dir());
+    let served = Served::start();
+    let bao = Bao::start(program, &served);
+    let cluster = &served.cluster;
     bao.run(&["secrets", "enable", "transit"]);
     bao.run(&["write", "-f", "transit/keys/pg_rekey"]);
-    let plaintext = rekey_tests::bytes::base64(&fs::read(&keyring).expect("the keyring"));
+    let plaintext = rekey_tests::bytes::base64(&fs::read(&served.keyring).expect("the keyring"));
     let encrypted = bao.run(&[
         "write",
         "-field=ciphertext",
         "transit/encrypt/pg_rekey",
         &format!("plaintext={plaintext}"),
     ]);
-    let file = cluster.dir().join("keyring.transit");
-    cluster.write_file(&file, format!("{encrypted}\n").as_bytes(), 0o600);
-    let policy = "path \"transit/decrypt/pg_rekey\" { capabilities = [\"update\"] }";
-    let settings = format!("BAO_KEYRING={}", file.display());
-    let token = use_example(&cluster, &bao, "openbao-transit.sh", policy, &settings);
-    let mut client = cluster.connect("app");
+    let file = served.private("keyring.transit", format!("{encrypted}\n"));
+    let variables = format!("BAO_KEYRING={file}");
+    let token = bao.use_example("openbao-transit.sh", TRANSIT_POLICY, &variables);
+    cluster.append("shared_preload_libraries = 'pg_rekey'");
+    cluster.restart("fast");
+    let mut client = served.connect();
     assert_eq!(client.text(OPEN), "one");
     bao.run(&["token", "revoke", &token]);
     client.refuse("SELECT rekey.reload_root_keys()", "58000");
     assert_eq!(client.text(OPEN), "one");
     cluster.restart("fast");
-    cluster.connect("app").refuse(OPEN, "58000");
+    served.connect().refuse(OPEN, "58000");
+}
+
+/// What is done to OpenBao, the error that follows, and how it is well again.
+type Outage = (
+    &'static str,
+    fn(&mut Bao),
+    (&'static str, &'static str),
+    fn(&mut Bao),
+);
+
+const OUTAGES: [Outage; 8] = [
+    (
+        "down, and sealed when it comes back",
+        |bao| bao.server = None,
+        ("58000", "status 7"),
+        |bao| {
+            bao.boot();
+            bao.unseal();
+        },
+    ),
+    (
+        "sealed",
+        |bao| {
+            bao.run(&["operator", "seal"]);
+        },
+        ("58000", "status 22"),
+        |bao| bao.unseal(),
+    ),
+    (
+        "wrong token",
+        |bao| {
+            bao.served.private("token", "not a token");
+        },
+        ("58000", "status 22"),
+        |bao| {
+            bao.new_token();
+        },
+    ),
+    (
+        "a policy without the secret",
+        |bao| bao.allow(TRANSIT_POLICY),
+        ("58000", "status 22"),
+        |bao| bao.allow(KV_POLICY),
+    ),
+    (
+        "no such secret",
+        |bao| {
+            bao.run(&["kv", "metadata", "delete", "-mount=secret", "pg_rekey"]);
+        },
+        ("58000", "status 22"),
+        |bao| bao.put(&bao.served.keyring),
+    ),
+    (
+        "garbage",
+        |bao| {
+            bao.put(
+                bao.served
+                    .private("other.json", "{\"note\":\"x\"}")
+                    .as_ref(),
+            )
+        },
+        ("F0000", "rekey.root_key_command printed is not valid"),
+        |bao| bao.put(&bao.served.keyring),
+    ),
+    (
+        "an answer of more than a megabyte",
+        |bao| {
+            let part = "x".repeat(400_000);
+            let big = format!("{{\"a\":\"{part}\",\"b\":\"{part}\",\"c\":\"{part}\"}}");
+            bao.put(bao.served.private("big.json", big).as_ref());
+        },
+        ("F0000", "more than 1048576 bytes"),
+        |bao| bao.put(&bao.served.keyring),
+    ),
+    (
+        "hanging",
+        |bao| bao.service().freeze(),
+        ("58000", "2000 ms"),
+        |bao| bao.service().thaw(),
+    ),
+];
+
+#[test]
+fn every_outage_of_openbao_spares_who_holds_the_keys_and_ends_without_a_restart() {
+    let Some([program]) = fetched("outages of OpenBao", ["bin/bao"]) else {
+        return;
+    };
+    let served = Served::start();
+    let mut bao = Bao::start(program, &served);
+    bao.put(&served.keyring);
+    bao.use_example("openbao-kv.sh", KV_POLICY, "");
+    served
+        .cluster
+        .append("rekey.root_key_command_timeout = '2s'");
+    served.cluster.restart("fast");
+    let mut warm = served.connect();
+    assert_eq!(warm.text(OPEN), "one");
+    for (outage, begin, refusal, end) in OUTAGES {
+        eprintln!("OpenBao: {outage}");
+        begin(&mut bao);
+        served.outlives(&mut warm, refusal, || end(&mut bao));
+    }
+}
+
+#[test]
+fn a_slow_openbao_is_waited_for() {
+    let Some([program]) = fetched("a slow OpenBao", ["bin/bao"]) else {
+        return;
+    };
+    let served = Served::start();
+    let bao = Bao::start(program, &served);
+    bao.put(&served.keyring);
+    bao.use_example("openbao-kv.sh", KV_POLICY, "");
+    served.cluster.restart("fast");
+    bao.service().freeze();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let question = format!("{}/v1/secret", bao.address);
+            let mut asked = None;
+            wait_until("the question is a second old", || {
+                if asked.is_none() && runs(&question) {
+                    asked = Some(Instant::now());
+                }
+                asked.is_some_and(|asked| asked.elapsed() > Duration::from_secs(1))
+            });
+            bao.service().thaw();
+        });
+        assert_eq!(served.connect().text(OPEN), "one");
+    });
 }

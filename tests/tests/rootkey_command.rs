@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use postgres::Client;
+use rekey_tests::cluster::runs;
 use rekey_tests::{Ask, Cluster, Options, wait_until};
 
 const OPEN: &str = "SELECT decrypt_col(c) FROM t";
@@ -71,19 +72,6 @@ impl Served {
         self.cluster.append(line);
         let mut client = self.connect();
         self.cluster.reload(&mut client);
-    }
-
-    /// Whether a process whose command line contains `word` runs.
-    fn runs(&self, word: &str) -> bool {
-        let processes = fs::read_dir("/proc").expect("/proc");
-        processes
-            .flatten()
-            .filter_map(|process| fs::read(process.path().join("cmdline")).ok())
-            .any(|line| {
-                String::from_utf8_lossy(&line)
-                    .replace('\0', " ")
-                    .contains(word)
-            })
     }
 }
 
@@ -385,7 +373,7 @@ fn a_hanging_command_is_killed_with_all_that_it_started() {
             .names("300 ms")
             .names("rekey.root_key_command_timeout");
         assert!(begin.elapsed() < Duration::from_secs(60));
-        wait_until("nothing of it is left", || !served.runs("sleep 7201"));
+        wait_until("nothing of it is left", || !runs("sleep 7201"));
     }
 }
 
@@ -405,7 +393,7 @@ fn a_cancel_a_timeout_and_a_terminated_session_end_it() {
     served.provide("sleep 7202 & sleep 7202");
     let mut admin = served.connect();
     let waiting = |admin: &mut Client| {
-        wait_until("the command runs", || served.runs("sleep 7202"));
+        wait_until("the command runs", || runs("sleep 7202"));
         let pid = "SELECT pid FROM pg_stat_activity WHERE query LIKE '%the one that waits%' AND \
                    pid <> pg_backend_pid()";
         admin.number(pid)
@@ -415,7 +403,7 @@ fn a_cancel_a_timeout_and_a_terminated_session_end_it() {
     let mut client = served.connect();
     client.run("SET statement_timeout = '300ms'");
     client.fail(&open, "57014");
-    wait_until("nothing of it is left", || !served.runs("sleep 7202"));
+    wait_until("nothing of it is left", || !runs("sleep 7202"));
     client.run("RESET statement_timeout");
     let canceller = client.cancel_token();
     std::thread::scope(|scope| {
@@ -425,7 +413,7 @@ fn a_cancel_a_timeout_and_a_terminated_session_end_it() {
         });
         client.fail(&open, "57014");
     });
-    wait_until("nothing of it is left", || !served.runs("sleep 7202"));
+    wait_until("nothing of it is left", || !runs("sleep 7202"));
     assert_eq!(client.number("SELECT 1"), 1);
 
     for end in ["terminate", "kill"] {
@@ -442,11 +430,11 @@ fn a_cancel_a_timeout_and_a_terminated_session_end_it() {
             assert!(client.simple_query(&open).is_err());
         });
         if end == "terminate" {
-            wait_until("nothing of it is left", || !served.runs("sleep 7202"));
+            wait_until("nothing of it is left", || !runs("sleep 7202"));
         }
     }
     wait_until("the shell is gone with its backend", || {
-        !served.runs(&format!("sh -c {}", served.path("provider").display()))
+        !runs(&format!("sh -c {}", served.path("provider").display()))
     });
     let provider = served.path("provider").display().to_string();
     // Nobody could kill the grandchildren of a backend that was killed; they are ours to end.
@@ -631,5 +619,5 @@ fn every_outage_of_the_provider_hurts_no_session_that_holds_the_keys_and_keeps_n
             "{outage} is over"
         );
     }
-    assert!(!served.runs("sleep 7203"));
+    assert!(!runs("sleep 7203"));
 }

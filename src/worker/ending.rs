@@ -372,9 +372,10 @@ fn old_transactions(horizon: u64) -> Result<String> {
     })
 }
 
-/// The standbys that send no feedback: nobody here knows of their snapshots.
+/// The standbys that send no feedback: nobody here knows of their snapshots. To an owner of the
+/// extension who may not see the view's columns they are NULL: then nobody sends any.
 const SILENT: &str = "FROM pg_catalog.pg_stat_replication r \
-          WHERE backend_xmin IS NULL AND state <> 'backup' \
+          WHERE backend_xmin IS NULL AND state IS DISTINCT FROM 'backup' \
             AND NOT EXISTS (SELECT FROM pg_catalog.pg_replication_slots s \
                  WHERE s.active_pid = r.pid AND (s.xmin IS NOT NULL OR s.slot_type = 'logical'))";
 
@@ -383,7 +384,10 @@ fn standbys_behind(lsn: &str) -> Result<Option<String>> {
     let delay = guc::standby_query_delay_ms();
     let behind = sql::text(
         &format!(
-            "SELECT string_agg(application_name, ', ') {SILENT} \
+            "SELECT string_agg(CASE WHEN state IS NULL \
+                        THEN 'pid ' || pid || ' (not shown to ' || current_user \
+                             || ', who owns the extension and lacks pg_monitor)' \
+                        ELSE coalesce(nullif(application_name, ''), 'pid ' || pid) END, ', ') {SILENT} \
                 AND (replay_lsn IS NULL OR replay_lsn < $1::text::pg_lsn)"
         ),
         &[sql::Arg::Text(lsn)],

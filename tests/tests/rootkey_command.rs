@@ -5,10 +5,12 @@
 //! session that holds its root keys.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use postgres::Client;
+use rekey_tests::cluster::is_root;
 use rekey_tests::{Ask, Cluster, Options, wait_until};
 
 const OPEN: &str = "SELECT decrypt_col(c) FROM t";
@@ -387,6 +389,82 @@ fn a_hanging_command_is_killed_with_all_that_it_started() {
         assert!(begin.elapsed() < Duration::from_secs(60));
         wait_until("nothing of it is left", || !served.runs("sleep 7201"));
     }
+}
+
+/// Process 1 of a container takes an orphan that a signal has ended for a backend that has crashed,
+/// and ends every session.
+#[test]
+fn a_killed_command_restarts_no_server_that_is_process_1_of_a_container() {
+    let served = Served::start(Options::preloaded());
+    let mut warm = served.connect();
+    assert_eq!(warm.text(OPEN), "one");
+    served.set("rekey.root_key_command_timeout = '300ms'");
+    served.cluster.stop("fast");
+    served.cluster.boot_as_process_one();
+    let mut warm = served.connect();
+    assert_eq!(warm.text(OPEN), "one");
+    let reload = "SELECT rekey.reload_root_keys()";
+    for script in [
+        "sleep 7205 & sleep 7205",
+        "sleep 7205 | cat; sleep 7205",
+        "(sleep 7205 & sleep 7205) & sleep 7205",
+        "sleep 7205 >/dev/null 2>&1 & exit 3",
+    ] {
+        served.provide(script);
+        served.connect().refuse(reload, "58000");
+        wait_until("nothing of it is left", || !served.runs("7205"));
+        assert_eq!(served.connect().text(OPEN), "one", "{script}");
+        assert_eq!(warm.text(OPEN), "one", "{script}");
+    }
+    served.provide("sleep 7205 & sleep 7205");
+    served.set("rekey.root_key_command_timeout = '1h'");
+    let mut ended = served.connect();
+    let pid = ended.number("SELECT pg_backend_pid()");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            wait_until("the command runs", || served.runs("sleep 7205"));
+            warm.run(&format!("SELECT pg_terminate_backend({pid})"));
+        });
+        assert!(ended.simple_query(reload).is_err());
+    });
+    wait_until("nothing of it is left", || !served.runs("7205"));
+    assert_eq!(served.connect().text(OPEN), "one");
+    assert_eq!(warm.text(OPEN), "one");
+    let log = served.cluster.log();
+    assert!(!log.contains("any other active server processes"), "{log}");
+}
+
+/// A command that has become another user, as with sudo, is beyond the server's signals.
+#[test]
+fn a_command_that_cannot_be_killed_keeps_no_session() {
+    if !is_root() {
+        println!("not tried: it takes root to make a program that becomes root");
+        return;
+    }
+    let served = Served::start(Options::unloaded());
+    let become_root = served.path("become-root");
+    fs::copy("/usr/bin/setpriv", &become_root).expect("a copy of setpriv");
+    fs::set_permissions(&become_root, fs::Permissions::from_mode(0o4755)).expect("its mode");
+    served.set("rekey.root_key_command_timeout = '300ms'");
+    // Ends with the test, whatever becomes of it.
+    let waits = served.path("waits");
+    fs::write(&waits, "").expect("a file");
+    served.cluster.append(&format!(
+        "rekey.root_key_command = 'exec {} --reuid=0 --regid=0 --clear-groups sh -c \
+         \"while test -e {}; do sleep 0.1; done\"'",
+        become_root.display(),
+        waits.display()
+    ));
+    served.cluster.reload(&mut served.connect());
+    let begin = Instant::now();
+    served.connect().refuse(OPEN, "58000").names("300 ms");
+    assert!(begin.elapsed() < Duration::from_secs(30));
+    assert!(
+        served.runs("while test -e"),
+        "it was killed: nothing is shown"
+    );
+    fs::remove_file(waits).expect("its end");
+    wait_until("nothing of it is left", || !served.runs("while test -e"));
 }
 
 #[test]

@@ -228,13 +228,15 @@ unsafe fn withheld(edata: *mut pg_sys::ErrorData) -> *mut std::ffi::c_char {
     unsafe { pg_sys::MemoryContextStrdup((*edata).assoc_context, text.as_ptr()) }
 }
 
-/// The functions that are given values, or give them.
-const VERBS: [&[u8]; 5] = [
+/// The functions that are given values or a transport key, or give values.
+const VERBS: [&[u8]; 7] = [
     b"encrypt_col",
     b"decrypt_col",
     b"fingerprint_col",
     b"fingerprints",
     b"verify_fingerprint",
+    b"export_key",
+    b"import_key",
 ];
 
 /// Whether the text contains the name of one of those functions, in any case.

@@ -15,12 +15,19 @@ use crate::ffi::sql::{Arg, bigint, run, text};
 /// How often the standbys are looked at.
 const POLL_MS: i64 = 100;
 
-/// Those that have not replayed up to $1, by name.
+/// Those that have not replayed up to $1, by name. Consumers of logical decoding are no standbys. An
+/// owner of the extension who may not see the columns of the view sees NULLs: nobody has replayed.
 const LAGGARDS: &str = "\
     SELECT string_agg(name, ', ' ORDER BY name) FROM ( \
-        SELECT coalesce(nullif(application_name, ''), 'pid ' || pid) AS name \
-          FROM pg_catalog.pg_stat_replication \
-         WHERE state <> 'backup' AND (replay_lsn IS NULL OR replay_lsn - '0/0'::pg_lsn < $1) \
+        SELECT CASE WHEN state IS NULL \
+                    THEN 'pid ' || pid || ' (not shown to ' || current_user \
+                         || ', who owns the extension and lacks pg_monitor)' \
+                    ELSE coalesce(nullif(application_name, ''), 'pid ' || pid) END AS name \
+          FROM pg_catalog.pg_stat_replication AS r \
+         WHERE state IS DISTINCT FROM 'backup' \
+           AND (replay_lsn IS NULL OR replay_lsn - '0/0'::pg_lsn < $1) \
+           AND NOT EXISTS (SELECT FROM pg_catalog.pg_replication_slots s \
+                WHERE s.active_pid = r.pid AND s.slot_type = 'logical') \
         UNION \
         SELECT 'slot ' || slot_name FROM pg_catalog.pg_replication_slots \
          WHERE slot_type = 'physical' AND NOT active \

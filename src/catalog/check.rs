@@ -520,6 +520,8 @@ pub struct Wraps {
     /// Slots with a wrapped key under one root key, and how many of them none of the root keys that
     /// are held opens: by root id in hex.
     pub of_root: Vec<(String, i64, i64)>,
+    /// Slots with wrapped keys under other root keys only.
+    pub elsewhere: i64,
     /// Slots that are not destroyed and have no wrapped key at all.
     pub unwrapped: i64,
 }
@@ -535,6 +537,12 @@ pub fn wraps(held: &[&[u8]]) -> Result<Wraps> {
            FROM rekey.slot_wrap r GROUP BY r.root_id",
         &[Arg::Byteas(held)],
     )?;
+    let elsewhere = look(
+        "SELECT count(DISTINCT w.slot_id)::text FROM rekey.slot_wrap w \
+          WHERE NOT EXISTS (SELECT FROM rekey.slot_wrap h \
+                 WHERE h.slot_id = w.slot_id AND h.root_id = ANY ($1))",
+        &[Arg::Byteas(held)],
+    )?;
     let unwrapped = look(
         "SELECT count(*)::text FROM rekey.key_slot s WHERE s.state <> 'destroyed' \
             AND NOT EXISTS (SELECT FROM rekey.slot_wrap w WHERE w.slot_id = s.slot_id)",
@@ -546,6 +554,7 @@ pub fn wraps(held: &[&[u8]]) -> Result<Wraps> {
     };
     Ok(Wraps {
         of_root: of_root.iter().map(root).collect(),
+        elsewhere: number(elsewhere.first().and_then(|row| row.first())),
         unwrapped: number(unwrapped.first().and_then(|row| row.first())),
     })
 }

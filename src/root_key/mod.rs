@@ -53,6 +53,8 @@ struct Loaded {
 
 thread_local! {
     static LOADED: RefCell<Option<Loaded>> = const { RefCell::new(None) };
+    /// The root keys that the postmaster has loaded: what a new process begins with.
+    static INHERITED: RefCell<Vec<RootId>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Loads the keyring while the postmaster starts, with a WARNING when that fails.
@@ -61,8 +63,9 @@ pub fn init() {
     if !session::in_preload() || unset {
         return;
     }
-    if let Err(error) = load() {
-        warn(&error, "");
+    match load() {
+        Ok(_) => INHERITED.set(held()),
+        Err(error) => warn(&error, ""),
     }
     // Backends make their own experience.
     command::forget_misses();
@@ -147,6 +150,13 @@ pub fn held() -> Vec<RootId> {
             .as_ref()
             .map_or(Vec::new(), |l| l.ring.ids().collect())
     })
+}
+
+/// The ids of the root keys that a new process need not ask the command for; None when they come
+/// from a file, which is read at no cost.
+pub fn inherited() -> Option<Vec<RootId>> {
+    let is_command = matches!(source(), Ok(Source::Command(_)));
+    is_command.then(|| INHERITED.with_borrow(Vec::clone))
 }
 
 fn held_of(candidates: &[RootId]) -> Option<RootId> {

@@ -10,6 +10,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use postgres::Client;
+use rekey_core::cipher::RootKey;
+use rekey_core::root_keyring::RootKeyring;
 use rekey_tests::cluster::is_root;
 use rekey_tests::{Ask, Cluster, Options, wait_until};
 
@@ -613,6 +615,38 @@ fn rotation_under_a_command_needs_the_id_of_a_key_that_it_serves() {
     client.run(&format!("SELECT rekey.retire_root_key('{old}')"));
     let mut fresh = served.connect();
     assert_eq!(fresh.column(&format!("{OPEN} ORDER BY 1")), ["one", "two"]);
+}
+
+/// A parallel worker has what the server has loaded at its start, and nothing of its leader's.
+#[test]
+fn check_says_when_new_sessions_and_parallel_workers_ask_the_command() {
+    let served = Served::start(Options::preloaded());
+    let mut warm = served.connect();
+    let asks = "SELECT count(*) FROM rekey.check() WHERE object = 'setting rekey.root_key_command'
+                   AND finding LIKE '%parallel%'";
+    assert_eq!(warm.number(asks), 0);
+    let new = RootKey::from_slice(&[7; 32]).expect("32 bytes");
+    let mut ring = RootKeyring::parse(served.keyring.as_bytes()).expect("the keyring");
+    let old = ring.ids().next().expect("the first root key");
+    let id = new.id();
+    ring.push(new, "2026-01-01T00:00:00Z".to_owned())
+        .expect("a new root key");
+    served.provide(&format!("cat <<'END'\n{}END", ring.to_json().as_str()));
+    warm.run(&format!("SELECT rekey.rotate_root_key('{id}')"));
+    assert_eq!(warm.number(asks), 0, "the old root key opens every slot");
+    warm.run(&format!("SELECT rekey.retire_root_key('{old}')"));
+    assert_eq!(warm.number(asks), 1);
+    assert_eq!(warm.text(OPEN), "one");
+    // What it warns of: the session holds the root key, and its query asks.
+    let before = served.asked();
+    warm.run(
+        "SET parallel_setup_cost = 0; SET parallel_tuple_cost = 0;
+         SET min_parallel_table_scan_size = 0; SET parallel_leader_participation = off",
+    );
+    assert_eq!(warm.text(OPEN), "one");
+    assert_eq!(served.asked(), before + 1);
+    served.cluster.restart("fast");
+    assert_eq!(served.connect().number(asks), 0);
 }
 
 #[test]

@@ -303,9 +303,15 @@ unsafe extern "C-unwind" fn process_utility(
     dest: *mut pg_sys::DestReceiver,
     completion: *mut pg_sys::QueryCompletion,
 ) {
-    // SAFETY: PostgreSQL passes a live statement; the call is chained unchanged.
+    // SAFETY: PostgreSQL passes a live statement; the call is chained unchanged. Behind it nothing of
+    // the statement is read but of CREATE DATABASE: CALL of a procedure that rolls back has let go
+    // of it by then (AtAbort_Portals in src/backend/utils/mmgr/portalmem.c).
     unsafe {
         let node = (*statement).utilityStmt;
+        let creates = (*node).type_ == pg_sys::NodeTag::T_CreatedbStmt;
+        let commits_prepared = (*node).type_ == pg_sys::NodeTag::T_TransactionStmt
+            && (*node.cast::<pg_sys::TransactionStmt>()).kind
+                == pg_sys::TransactionStmtKind::TRANS_STMT_COMMIT_PREPARED;
         let _bar = database_of(node).map(super::shared::Bar::put);
         #[allow(static_mut_refs, reason = "written once, before any backend runs")]
         match NEXT_UTILITY {
@@ -330,18 +336,15 @@ unsafe extern "C-unwind" fn process_utility(
                 completion,
             ),
         }
-        if (*node).type_ == pg_sys::NodeTag::T_CreatedbStmt {
+        if creates {
             // Its row has to be visible here for the look-up.
             pg_sys::CommandCounterIncrement();
             let name = (*node.cast::<pg_sys::CreatedbStmt>()).dbname;
             let made = pg_sys::get_database_oid(name, true);
             NEW_DATABASE.store(made.to_u32(), Relaxed);
         }
-        if (*node).type_ == pg_sys::NodeTag::T_TransactionStmt {
-            let kind = (*node.cast::<pg_sys::TransactionStmt>()).kind;
-            if kind == pg_sys::TransactionStmtKind::TRANS_STMT_COMMIT_PREPARED {
-                super::shared::wake(pg_sys::MyDatabaseId);
-            }
+        if commits_prepared {
+            super::shared::wake(pg_sys::MyDatabaseId);
         }
     }
 }

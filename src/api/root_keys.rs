@@ -10,7 +10,7 @@ use crate::catalog::roots;
 use crate::catalog::write::Audit;
 use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
-use crate::ffi::session;
+use crate::ffi::{session, text};
 use crate::root_key::{self, Source};
 use crate::{lifecycle, root_rotation};
 
@@ -55,10 +55,11 @@ fn init_root_key(fcinfo: FunctionCallInfo) -> Reply {
         let detail = id.to_string();
         Audit::act("init_root_key", None, &detail).record()?;
         if let Source::File(path) = root_key::source()? {
-            pgrx::notice!(
+            let copy = format!(
                 "copy \"{}\" to every standby and to escrow: without it the data is lost",
                 path.display()
             );
+            pgrx::notice!("{}", text::message(copy));
         }
         Reply::text(&id.to_string())
     })
@@ -70,10 +71,11 @@ fn rotate_root_key(fcinfo: FunctionCallInfo) -> Reply {
         session::refuse_read_only(c"rotate_root_key()");
         let id = root_rotation::rotate(optional_root_id(&call)?)?;
         if let Source::File(path) = root_key::source()? {
-            pgrx::notice!(
+            let copy = format!(
                 "copy \"{}\" to every standby and to escrow before the earlier root key is retired",
                 path.display()
             );
+            pgrx::notice!("{}", text::message(copy));
         }
         Reply::text(&id.to_string())
     })

@@ -178,6 +178,18 @@ fn root_keys() -> Result<Vec<Finding>> {
         }
     }
     found.extend(asked_for_again()?);
+    if wraps.retired > 0 {
+        found.push(Finding::new(
+            Severity::Warning,
+            "slots",
+            format!(
+                "{} slots are wrapped under retired root keys only: nothing opens them once these \
+                 are taken out of the keyring",
+                wraps.retired
+            ),
+            "SELECT rekey.rotate_root_key() -- wraps them under another root key as well",
+        ));
+    }
     if wraps.unwrapped > 0 {
         found.push(Finding::new(
             Severity::Error,

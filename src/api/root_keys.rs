@@ -11,8 +11,9 @@ use crate::catalog::write::Audit;
 use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
 use crate::ffi::{session, text};
-use crate::root_key::{self, Source};
-use crate::{lifecycle, root_rotation};
+use crate::lifecycle;
+use crate::root_key::{self, Next, Source};
+use crate::root_rotation::{self, Wanted};
 
 /// A root id as SQL shows it.
 pub fn root_id(text: &str) -> Result<RootId> {
@@ -69,7 +70,18 @@ fn init_root_key(fcinfo: FunctionCallInfo) -> Reply {
 fn rotate_root_key(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
         session::refuse_read_only(c"rotate_root_key()");
-        let id = root_rotation::rotate(optional_root_id(&call)?)?;
+        let wanted = match call.required_text(0, "root_id")?.as_str() {
+            "" => Wanted::Next,
+            "new" => Wanted::New,
+            id => Wanted::Named(root_id(id)?),
+        };
+        let Next { id, there_since } = root_rotation::rotate(&wanted)?;
+        if let Some(since) = there_since {
+            pgrx::notice!(
+                "root key {id} was in the keyring file already, since {since}; if the file has \
+                 leaked, or is another server's, SELECT rekey.rotate_root_key('new') adds one"
+            );
+        }
         if let Source::File(path) = root_key::source()? {
             let copy = format!(
                 "copy \"{}\" to every standby and to escrow before the earlier root key is retired",

@@ -302,6 +302,40 @@ fn a_promotion_of_a_slot_waits_for_the_laggard_and_names_it() {
     client.run(&promote("60 s"));
 }
 
+/// Its commit is on no disk yet, and no standby can have heard of it.
+#[test]
+fn a_promotion_waits_for_a_preparation_with_synchronous_commit_off() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("rekey.worker = off")
+            .set("autovacuum = off"),
+    );
+    let mut client = cluster.database("app").connect();
+    client.run("SELECT rekey.create_key('pii')");
+    let far = standby(&cluster, "far", false);
+    let mut laggard = far.connect("app");
+    set(&cluster, &mut client, "wal_writer_delay = '10s'");
+    wait_until("the primary has heard that it is replayed", || {
+        client.truth(
+            "SELECT coalesce(bool_and(replay_lsn >= pg_current_wal_flush_lsn()), false)
+               FROM pg_stat_replication",
+        )
+    });
+    pause_replay(&mut laggard);
+    client.run("SET synchronous_commit = off");
+    let pending = client.number("SELECT rekey.prepare_key('pii')");
+    let promote = |limit: &str| {
+        format!(
+            "SELECT rekey.promote_key('pii', wait_for_standbys => true, wait_timeout => '{limit}')"
+        )
+    };
+    client.refuse(&promote("300 ms"), "55000").names("far");
+    laggard.run("SELECT pg_wal_replay_resume()");
+    assert_eq!(client.number(&promote("60 s")), pending);
+    let known = format!("SELECT count(*) FROM rekey.slots WHERE slot_id = {pending}");
+    assert_eq!(laggard.number(&known), 1);
+}
+
 /// pg_stat_replication shows the rows of others without their columns to whoever lacks pg_monitor.
 #[test]
 fn a_promotion_waits_for_standbys_that_the_owner_of_the_extension_may_not_see() {

@@ -228,16 +228,16 @@ unsafe fn withheld(edata: *mut pg_sys::ErrorData) -> *mut std::ffi::c_char {
     unsafe { pg_sys::MemoryContextStrdup((*edata).assoc_context, text.as_ptr()) }
 }
 
-/// The functions that are given values or a transport key, or give values.
-const VERBS: [&[u8]; 7] = [
+/// The functions that are given values, or give them.
+const VERBS: [&[u8]; 5] = [
     b"encrypt_col",
     b"decrypt_col",
     b"fingerprint_col",
     b"fingerprints",
     b"verify_fingerprint",
-    b"export_key",
-    b"import_key",
 ];
+/// Those that are given a transport key. Their names are words that others use too: calls count.
+const CARRIERS: [&[u8]; 2] = [b"export_key", b"import_key"];
 
 /// Whether the text contains the name of one of those functions, in any case.
 ///
@@ -249,10 +249,20 @@ unsafe fn names_a_verb(text: *const std::ffi::c_char) -> bool {
     }
     // SAFETY: promised by the caller.
     let text = unsafe { std::ffi::CStr::from_ptr(text) }.to_bytes();
-    VERBS.iter().any(|verb| {
-        text.windows(verb.len())
-            .any(|w| w.eq_ignore_ascii_case(verb))
-    })
+    let named = |name: &&[u8]| {
+        let mut places = text.windows(name.len());
+        places.any(|w| w.eq_ignore_ascii_case(name))
+    };
+    let called = |name: &&[u8]| {
+        let places = text.windows(name.len()).enumerate();
+        let mut found = places.filter(|(_, w)| w.eq_ignore_ascii_case(name));
+        found.any(|(at, _)| {
+            let behind = &text[at + name.len()..];
+            let behind = behind.strip_prefix(b"\"").unwrap_or(behind);
+            behind.trim_ascii_start().starts_with(b"(")
+        })
+    };
+    VERBS.iter().any(named) || CARRIERS.iter().any(called)
 }
 
 static mut NEXT_OBJECT_ACCESS: pg_sys::object_access_hook_type = None;

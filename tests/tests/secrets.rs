@@ -172,6 +172,11 @@ fn other_statements_are_logged_as_before() {
             .log()
             .contains("STATEMENT:  SELECT 'a visible marker', 1 / 0")
     );
+    client.fail(
+        "SELECT import_key, 1 / 0 FROM (SELECT 'of others' AS import_key) AS t",
+        "22012",
+    );
+    assert!(cluster.log().contains("STATEMENT:  SELECT import_key"));
     client.fail("SELECT encrypt_col('x', 'nope')", "42704");
     client.fail("SELECT 'another marker', 1 / 0", "22012");
     assert!(

@@ -260,7 +260,10 @@ fn a_transport_key_does_not_reach_the_log() {
     );
     // Errors of PostgreSQL's own, before the function runs.
     let hex: String = key.bytes().map(|byte| format!("{byte:02x}")).collect();
-    for call in ["export_key('pii', $$\\x{}$$)", "IMPORT_KEY('{', $$\\x{}$$)"] {
+    for call in [
+        "export_key('pii', $$\\x{}$$)",
+        "\"import_key\" ('{', $$\\x{}$$)",
+    ] {
         for wrong in ["1/0", "nobody()"] {
             let call = call.replace("{}", &hex);
             let sql = format!("SELECT rekey.{call}, {wrong}");

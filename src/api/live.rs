@@ -557,6 +557,7 @@ fn fresh(
     plan: &Plan,
     goes_on: bool,
 ) -> Result<std::result::Result<Option<pg_sys::Datum>, Caught>> {
+    hooks::keep_statement_out_of_log();
     let given = if plan.runs_code() {
         match as_owner(trigger, || plan.given(trigger.new_row()))? {
             Ok(given) => given?,

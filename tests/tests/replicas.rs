@@ -302,6 +302,43 @@ fn a_promotion_of_a_slot_waits_for_the_laggard_and_names_it() {
     client.run(&promote("60 s"));
 }
 
+/// Without a replication slot nothing stands for it, and it may go on serving reads.
+#[test]
+fn a_promotion_waits_for_a_laggard_that_disconnects_meanwhile() {
+    let cluster = primary();
+    let mut client = cluster.database("app").connect();
+    client.run("SELECT rekey.create_key('pii')");
+    let far = standby(&cluster, "far", false);
+    pause_replay(&mut far.connect("app"));
+    let pending = client.number("SELECT rekey.prepare_key('pii')");
+    let promote = |limit: &str| {
+        format!(
+            "SELECT rekey.promote_key('pii', wait_for_standbys => true, wait_timeout => '{limit}')"
+        )
+    };
+    let mut waiting = cluster.connect("app");
+    std::thread::scope(|scope| {
+        let promotion = scope.spawn(|| waiting.attempt(&promote("5 s")).err());
+        let waits = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%promote_key%' \
+                        AND state = 'active' AND wait_event = 'Extension'";
+        wait_until("the promotion waits", || client.number(waits) == 1);
+        far.stop("fast");
+        let refusal = promotion.join().expect("the promotion");
+        refusal.expect("a refusal").names("far");
+    });
+    far.boot();
+    wait_until("it is back", || {
+        client.number("SELECT count(*) FROM pg_stat_replication") == 1
+    });
+    assert_eq!(client.number(&promote("60 s")), pending);
+    let known = format!("SELECT count(*) FROM rekey.slots WHERE slot_id = {pending}");
+    assert_eq!(far.connect("app").number(&known), 1);
+    // One that nobody has seen behind is not waited for.
+    far.stop("fast");
+    client.run("SELECT rekey.prepare_key('pii')");
+    client.run(&promote("60 s"));
+}
+
 /// Its commit is on no disk yet, and no standby can have heard of it.
 #[test]
 fn a_promotion_waits_for_a_preparation_with_synchronous_commit_off() {

@@ -213,7 +213,7 @@ COMMENT ON FUNCTION rekey.init_root_key(text) IS
 CREATE FUNCTION rekey.rotate_root_key(root_id text DEFAULT '') RETURNS text
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'rotate_root_key_wrapper';
 COMMENT ON FUNCTION rekey.rotate_root_key(text) IS
-    'Wraps every slot under another root key as well and makes it active: the one named, or one that it adds to rekey.root_key_file; returns its id';
+    'Wraps every slot under another root key as well and makes it active: the one named, or the next one of rekey.root_key_file, which it adds if there is none; new adds one in any case; returns its id';
 
 CREATE FUNCTION rekey.retire_root_key(root_id text) RETURNS void
     LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'retire_root_key_wrapper';

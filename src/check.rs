@@ -177,6 +177,19 @@ fn root_keys() -> Result<Vec<Finding>> {
             ));
         }
     }
+    found.extend(asked_for_again()?);
+    if wraps.retired > 0 {
+        found.push(Finding::new(
+            Severity::Warning,
+            "slots",
+            format!(
+                "{} slots are wrapped under retired root keys only: nothing opens them once these \
+                 are taken out of the keyring",
+                wraps.retired
+            ),
+            "SELECT rekey.rotate_root_key() -- wraps them under another root key as well",
+        ));
+    }
     if wraps.unwrapped > 0 {
         found.push(Finding::new(
             Severity::Error,
@@ -189,6 +202,33 @@ fn root_keys() -> Result<Vec<Finding>> {
         ));
     }
     Ok(found)
+}
+
+/// Slots that a new process cannot open by what the postmaster has loaded. A parallel worker is such
+/// a process: a query of a session that holds every root key fails with the provider then.
+fn asked_for_again() -> Result<Option<Finding>> {
+    let Some(inherited) = root_key::inherited() else {
+        return Ok(None);
+    };
+    let ids: Vec<&[u8]> = inherited.iter().map(|id| &id.as_bytes()[..]).collect();
+    let slots: i64 = check::wraps(&ids)?.elsewhere;
+    if slots == 0 {
+        return Ok(None);
+    }
+    let remedy = if shared::is_there() {
+        "restart the server when it suits: it asks the command at its start"
+    } else {
+        "add pg_rekey to shared_preload_libraries and restart the server"
+    };
+    Ok(Some(Finding::new(
+        Severity::Warning,
+        "setting rekey.root_key_command",
+        format!(
+            "each new session, and each worker of a parallel query, asks it for {slots} slots that \
+             none of the root keys opens which the server has loaded at its start"
+        ),
+        remedy,
+    )))
 }
 
 fn root_key_finding(root: &read::RootRow, held: bool, slots: i64, only: i64) -> Finding {

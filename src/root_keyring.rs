@@ -112,6 +112,14 @@ impl RootKeyring {
             .map(|entry| &entry.key)
     }
 
+    /// When the root key of that id was made, as the file says.
+    pub fn created_at(&self, id: &RootId) -> Option<&str> {
+        self.entries
+            .iter()
+            .find(|entry| entry.id == *id)
+            .map(|entry| entry.created_at.as_str())
+    }
+
     /// The ids, in file order.
     pub fn ids(&self) -> impl ExactSizeIterator<Item = RootId> + '_ {
         self.entries.iter().map(|entry| entry.id)

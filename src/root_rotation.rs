@@ -16,15 +16,25 @@ use crate::catalog::read::{self, RootRow, SlotRow};
 use crate::catalog::roots::{self, Roots};
 use crate::catalog::write::Audit;
 use crate::error::{Error, Result};
-use crate::{failpoint, lifecycle, root_key};
+use crate::root_key::{self, Next};
+use crate::{failpoint, lifecycle};
 
 /// Wrapped keys that one INSERT carries: large enough that its cost does not show, small enough
 /// (some 400 kB) that it needs no thought.
 const BATCH: usize = 4096;
 
-/// Makes another root key active and wraps every slot under it. `wanted` names one that the keyring
-/// serves; without it the keyring file gets a new one. Returns it and the number of slots wrapped.
-pub fn rotate(wanted: Option<RootId>) -> Result<RootId> {
+/// Which root key a rotation makes active.
+pub enum Wanted {
+    /// The next one of the keyring file, or a fresh one: see [`root_key::next`].
+    Next,
+    /// A fresh one.
+    New,
+    /// One that the keyring serves.
+    Named(RootId),
+}
+
+/// Makes another root key active, wraps every slot under it, and returns it.
+pub fn rotate(wanted: &Wanted) -> Result<Next> {
     roots::lock(Roots::Change)?;
     let all = read::root_keys()?;
     let active = all
@@ -37,13 +47,16 @@ pub fn rotate(wanted: Option<RootId>) -> Result<RootId> {
                 "SELECT rekey.init_root_key() adopts the first one.".to_string(),
             )
         })?;
-    let id = match wanted {
-        Some(id) => id,
-        None => {
-            let known: Vec<RootId> = all.iter().map(|root| root.id).collect();
-            root_key::next(active.id, &known)?
-        }
+    let known: Vec<RootId> = all.iter().map(|root| root.id).collect();
+    let next = match wanted {
+        Wanted::Named(id) => Next {
+            id: *id,
+            there_since: None,
+        },
+        Wanted::Next => root_key::next(active.id, &known, false)?,
+        Wanted::New => root_key::next(active.id, &known, true)?,
     };
+    let id = next.id;
     failpoint::reach("root.added")?;
     let known = all.iter().find(|root| root.id == id);
     match known.map(|root| root.state.as_str()) {
@@ -81,7 +94,7 @@ pub fn rotate(wanted: Option<RootId>) -> Result<RootId> {
         &format!("{id} in the place of {}, slots: {count}", active.id),
     )
     .record()?;
-    Ok(id)
+    Ok(next)
 }
 
 /// Wraps every slot that is not destroyed under a root key, where it is not yet.

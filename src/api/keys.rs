@@ -109,7 +109,8 @@ fn existing_key(name: &str, server: &[u8], shredded: bool, accept: bool) -> Resu
         return Err(Error::KeyExists(name.to_string()));
     }
     let active = read::active_slot(server)?.ok_or_else(|| Error::NoActiveSlot(name.to_string()))?;
-    pgrx::notice!("key \"{name}\" already exists, keeping it");
+    let kept = format!("key \"{name}\" already exists, keeping it");
+    pgrx::notice!("{}", text::message(kept));
     Ok(Reply::i64(active.as_i64()))
 }
 

@@ -357,11 +357,12 @@ fn finish(call: &Call, seals: bool) -> Result<Reply> {
     let act = format!("finish_{}", function(seals));
     let detail = format!("{name}.{column} into {into}: {} rows agree", checked.rows);
     Audit::act(&act, None, &detail).record()?;
-    pgrx::notice!(
+    let next = format!(
         "{} rows of {name} agree; nothing keeps \"{column}\" and \"{into}\" alike any more. When \
          nothing reads the old column: ALTER TABLE {name} DROP COLUMN \"{column}\"",
         checked.rows
     );
+    pgrx::notice!("{}", crate::ffi::text::message(next));
     Ok(Reply::void())
 }
 
@@ -556,6 +557,7 @@ fn fresh(
     plan: &Plan,
     goes_on: bool,
 ) -> Result<std::result::Result<Option<pg_sys::Datum>, Caught>> {
+    hooks::keep_statement_out_of_log();
     let given = if plan.runs_code() {
         match as_owner(trigger, || plan.given(trigger.new_row()))? {
             Ok(given) => given?,

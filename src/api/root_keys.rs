@@ -10,9 +10,10 @@ use crate::catalog::roots;
 use crate::catalog::write::Audit;
 use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
-use crate::ffi::session;
-use crate::root_key::{self, Source};
-use crate::{lifecycle, root_rotation};
+use crate::ffi::{session, text};
+use crate::lifecycle;
+use crate::root_key::{self, Next, Source};
+use crate::root_rotation::{self, Wanted};
 
 /// A root id as SQL shows it.
 pub fn root_id(text: &str) -> Result<RootId> {
@@ -55,10 +56,11 @@ fn init_root_key(fcinfo: FunctionCallInfo) -> Reply {
         let detail = id.to_string();
         Audit::act("init_root_key", None, &detail).record()?;
         if let Source::File(path) = root_key::source()? {
-            pgrx::notice!(
+            let copy = format!(
                 "copy \"{}\" to every standby and to escrow: without it the data is lost",
                 path.display()
             );
+            pgrx::notice!("{}", text::message(copy));
         }
         Reply::text(&id.to_string())
     })
@@ -68,12 +70,24 @@ fn init_root_key(fcinfo: FunctionCallInfo) -> Reply {
 fn rotate_root_key(fcinfo: FunctionCallInfo) -> Reply {
     reply(fcinfo, |call| {
         session::refuse_read_only(c"rotate_root_key()");
-        let id = root_rotation::rotate(optional_root_id(&call)?)?;
-        if let Source::File(path) = root_key::source()? {
+        let wanted = match call.required_text(0, "root_id")?.as_str() {
+            "" => Wanted::Next,
+            "new" => Wanted::New,
+            id => Wanted::Named(root_id(id)?),
+        };
+        let Next { id, there_since } = root_rotation::rotate(&wanted)?;
+        if let Some(since) = there_since {
             pgrx::notice!(
+                "root key {id} was in the keyring file already, since {since}; if the file has \
+                 leaked, or is another server's, SELECT rekey.rotate_root_key('new') adds one"
+            );
+        }
+        if let Source::File(path) = root_key::source()? {
+            let copy = format!(
                 "copy \"{}\" to every standby and to escrow before the earlier root key is retired",
                 path.display()
             );
+            pgrx::notice!("{}", text::message(copy));
         }
         Reply::text(&id.to_string())
     })

@@ -520,6 +520,10 @@ pub struct Wraps {
     /// Slots with a wrapped key under one root key, and how many of them none of the root keys that
     /// are held opens: by root id in hex.
     pub of_root: Vec<(String, i64, i64)>,
+    /// Slots with wrapped keys under other root keys only.
+    pub elsewhere: i64,
+    /// Slots with wrapped keys under root keys only that are retired here, or not known.
+    pub retired: i64,
     /// Slots that are not destroyed and have no wrapped key at all.
     pub unwrapped: i64,
 }
@@ -535,6 +539,18 @@ pub fn wraps(held: &[&[u8]]) -> Result<Wraps> {
            FROM rekey.slot_wrap r GROUP BY r.root_id",
         &[Arg::Byteas(held)],
     )?;
+    let elsewhere = look(
+        "SELECT count(DISTINCT w.slot_id)::text FROM rekey.slot_wrap w \
+          WHERE NOT EXISTS (SELECT FROM rekey.slot_wrap h \
+                 WHERE h.slot_id = w.slot_id AND h.root_id = ANY ($1))",
+        &[Arg::Byteas(held)],
+    )?;
+    let retired = look(
+        "SELECT count(DISTINCT w.slot_id)::text FROM rekey.slot_wrap w \
+          WHERE NOT EXISTS (SELECT FROM rekey.slot_wrap h JOIN rekey.root_key r USING (root_id) \
+                 WHERE h.slot_id = w.slot_id AND r.state <> 'retired')",
+        &[],
+    )?;
     let unwrapped = look(
         "SELECT count(*)::text FROM rekey.key_slot s WHERE s.state <> 'destroyed' \
             AND NOT EXISTS (SELECT FROM rekey.slot_wrap w WHERE w.slot_id = s.slot_id)",
@@ -546,6 +562,8 @@ pub fn wraps(held: &[&[u8]]) -> Result<Wraps> {
     };
     Ok(Wraps {
         of_root: of_root.iter().map(root).collect(),
+        elsewhere: number(elsewhere.first().and_then(|row| row.first())),
+        retired: number(retired.first().and_then(|row| row.first())),
         unwrapped: number(unwrapped.first().and_then(|row| row.first())),
     })
 }

@@ -5,6 +5,11 @@
 //! itself and never grows. Whatever ends the call early (a cancel, the end of the session, too
 //! much output, the time limit) kills the child's whole process group; only kill -9 of the backend
 //! leaves grandchildren behind, the shell itself goes then too (PR_SET_PDEATHSIG).
+//!
+//! What is killed is also reaped here, grandchildren too: where the postmaster is process 1 of a
+//! container, orphans become its children, and it takes one that a signal has ended for a backend
+//! that has crashed (CleanupBackend in src/backend/postmaster/postmaster.c): it would end every
+//! session of the server. So orphans go to this process while the command runs.
 
 use std::ffi::{OsStr, c_int};
 use std::io::{self, Read};
@@ -15,6 +20,7 @@ use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use pgrx::pg_sys;
 use zeroize::Zeroizing;
 
 use super::{hooks, session};
@@ -28,6 +34,10 @@ const LAST_CHUNKS: usize = 32;
 const SLICE: Duration = Duration::from_millis(100);
 /// The same once the output has ended and only the exit is waited for, which wakes nobody.
 const EXIT_SLICE: Duration = Duration::from_millis(5);
+/// How long, and how often, the end of what was killed is looked for. It takes no time but for
+/// processes that this user cannot signal, sudo among them, and those that hang in the kernel.
+const REAP_LIMIT: Duration = Duration::from_secs(1);
+const REAP_SLICE: Duration = Duration::from_millis(2);
 
 /// Process group of the child that runs now, for the exit callback; 0 for none.
 static RUNNING: AtomicI32 = AtomicI32::new(0);
@@ -129,7 +139,9 @@ impl Running {
             .process_group(0);
         // SAFETY: the closure runs between fork and exec and makes system calls only.
         unsafe { shell.pre_exec(leave_the_server) };
-        let mut child = shell.spawn().map_err(Failure::NotStarted)?;
+        adopt_orphans(true);
+        let spawned = shell.spawn().inspect_err(|_| adopt_orphans(false));
+        let mut child = spawned.map_err(Failure::NotStarted)?;
         RUNNING.store(group_of(&child), Relaxed);
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         Ok(Running {
@@ -142,19 +154,41 @@ impl Running {
     /// Whether the child has ended. It stays a zombie, which keeps the number of its group from
     /// being given to another.
     fn has_exited(&self) -> bool {
+        self.look().is_none_or(|info| {
+            // SAFETY: waitid has filled it; 0 stands for nobody.
+            unsafe { info.si_pid() != 0 }
+        })
+    }
+
+    /// What there is to know of the child's end, without reaping it; None: there is no child.
+    fn look(&self) -> Option<libc::siginfo_t> {
         // SAFETY: siginfo_t is plain C data; waitid writes it and WNOWAIT leaves the child alone.
         unsafe {
             let mut info: libc::siginfo_t = mem::zeroed();
             let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
             let found = libc::waitid(libc::P_PID, self.child.id(), &mut info, flags);
-            found != 0 || info.si_pid() != 0
+            (found == 0).then_some(info)
         }
     }
 
+    /// The end of a child that has exited. What it has left behind when it failed goes too; what a
+    /// command leaves behind that succeeds is its own affair.
     fn reap(mut self) -> Result<(), Failure> {
         use std::os::unix::process::ExitStatusExt;
-        RUNNING.store(0, Relaxed);
+        let succeeded = self.look().is_some_and(|info| {
+            // SAFETY: waitid has filled it.
+            info.si_code == libc::CLD_EXITED && unsafe { info.si_status() } == 0
+        });
+        let group = group_of(&self.child);
+        if !succeeded {
+            kill_group(group);
+        }
         let status = self.child.wait().map_err(Failure::Unreadable)?;
+        RUNNING.store(0, Relaxed);
+        if !succeeded {
+            reap_group(group);
+        }
+        adopt_orphans(false);
         match (status.code(), status.signal()) {
             (Some(0), _) => Ok(()),
             (Some(code), _) => Err(Failure::Exited(code)),
@@ -169,8 +203,8 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         if RUNNING.swap(0, Relaxed) != 0 {
-            kill_group(group_of(&self.child));
-            let _ = self.child.wait();
+            end_group(group_of(&self.child));
+            adopt_orphans(false);
         }
     }
 }
@@ -180,13 +214,43 @@ fn group_of(child: &Child) -> libc::pid_t {
 }
 
 fn kill_running() {
-    kill_group(RUNNING.swap(0, Relaxed));
+    end_group(RUNNING.swap(0, Relaxed));
+}
+
+/// Has orphans of what this process starts become its children, or no longer. Not for the
+/// postmaster, which would keep those that a command leaves behind.
+fn adopt_orphans(adopt: bool) {
+    // SAFETY: a static; an attribute of this process that no child inherits.
+    unsafe {
+        if pg_sys::IsUnderPostmaster {
+            libc::prctl(libc::PR_SET_CHILD_SUBREAPER, libc::c_ulong::from(adopt));
+        }
+    }
+}
+
+fn end_group(group: libc::pid_t) {
+    kill_group(group);
+    reap_group(group);
 }
 
 fn kill_group(group: libc::pid_t) {
     if group > 1 {
         // SAFETY: signals the group of our own child, which is not reaped yet.
         unsafe { libc::kill(-group, libc::SIGKILL) };
+    }
+}
+
+/// Reaps what has been killed of a group, whose members may have no parent but this process by now.
+fn reap_group(group: libc::pid_t) {
+    let begin = Instant::now();
+    while group > 1 && begin.elapsed() < REAP_LIMIT {
+        // SAFETY: reaps children of this process, in that group only.
+        match unsafe { libc::waitpid(-group, std::ptr::null_mut(), libc::WNOHANG) } {
+            // None is left here; others, if any, have gone to process 1.
+            -1 => return,
+            0 => std::thread::sleep(REAP_SLICE),
+            _ => {}
+        }
     }
 }
 

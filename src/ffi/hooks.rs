@@ -236,6 +236,8 @@ const VERBS: [&[u8]; 5] = [
     b"fingerprints",
     b"verify_fingerprint",
 ];
+/// Those that are given a transport key. Their names are words that others use too: calls count.
+const CARRIERS: [&[u8]; 2] = [b"export_key", b"import_key"];
 
 /// Whether the text contains the name of one of those functions, in any case.
 ///
@@ -247,10 +249,20 @@ unsafe fn names_a_verb(text: *const std::ffi::c_char) -> bool {
     }
     // SAFETY: promised by the caller.
     let text = unsafe { std::ffi::CStr::from_ptr(text) }.to_bytes();
-    VERBS.iter().any(|verb| {
-        text.windows(verb.len())
-            .any(|w| w.eq_ignore_ascii_case(verb))
-    })
+    let named = |name: &&[u8]| {
+        let mut places = text.windows(name.len());
+        places.any(|w| w.eq_ignore_ascii_case(name))
+    };
+    let called = |name: &&[u8]| {
+        let places = text.windows(name.len()).enumerate();
+        let mut found = places.filter(|(_, w)| w.eq_ignore_ascii_case(name));
+        found.any(|(at, _)| {
+            let behind = &text[at + name.len()..];
+            let behind = behind.strip_prefix(b"\"").unwrap_or(behind);
+            behind.trim_ascii_start().starts_with(b"(")
+        })
+    };
+    VERBS.iter().any(named) || CARRIERS.iter().any(called)
 }
 
 static mut NEXT_OBJECT_ACCESS: pg_sys::object_access_hook_type = None;
@@ -301,9 +313,15 @@ unsafe extern "C-unwind" fn process_utility(
     dest: *mut pg_sys::DestReceiver,
     completion: *mut pg_sys::QueryCompletion,
 ) {
-    // SAFETY: PostgreSQL passes a live statement; the call is chained unchanged.
+    // SAFETY: PostgreSQL passes a live statement; the call is chained unchanged. Behind it nothing of
+    // the statement is read but of CREATE DATABASE: CALL of a procedure that rolls back has let go
+    // of it by then (AtAbort_Portals in src/backend/utils/mmgr/portalmem.c).
     unsafe {
         let node = (*statement).utilityStmt;
+        let creates = (*node).type_ == pg_sys::NodeTag::T_CreatedbStmt;
+        let commits_prepared = (*node).type_ == pg_sys::NodeTag::T_TransactionStmt
+            && (*node.cast::<pg_sys::TransactionStmt>()).kind
+                == pg_sys::TransactionStmtKind::TRANS_STMT_COMMIT_PREPARED;
         let _bar = database_of(node).map(super::shared::Bar::put);
         #[allow(static_mut_refs, reason = "written once, before any backend runs")]
         match NEXT_UTILITY {
@@ -328,18 +346,15 @@ unsafe extern "C-unwind" fn process_utility(
                 completion,
             ),
         }
-        if (*node).type_ == pg_sys::NodeTag::T_CreatedbStmt {
+        if creates {
             // Its row has to be visible here for the look-up.
             pg_sys::CommandCounterIncrement();
             let name = (*node.cast::<pg_sys::CreatedbStmt>()).dbname;
             let made = pg_sys::get_database_oid(name, true);
             NEW_DATABASE.store(made.to_u32(), Relaxed);
         }
-        if (*node).type_ == pg_sys::NodeTag::T_TransactionStmt {
-            let kind = (*node.cast::<pg_sys::TransactionStmt>()).kind;
-            if kind == pg_sys::TransactionStmtKind::TRANS_STMT_COMMIT_PREPARED {
-                super::shared::wake(pg_sys::MyDatabaseId);
-            }
+        if commits_prepared {
+            super::shared::wake(pg_sys::MyDatabaseId);
         }
     }
 }

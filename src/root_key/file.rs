@@ -13,6 +13,7 @@ use rekey_core::cipher::{RootId, RootKey};
 use rekey_core::root_keyring::RootKeyring;
 use zeroize::Zeroizing;
 
+use super::Next;
 use crate::error::{Error, Result};
 use crate::ffi::session;
 
@@ -99,11 +100,11 @@ pub fn create_unless_there(path: &Path, may_create: bool) -> Result<()> {
     Ok(())
 }
 
-/// The root key that takes the place of `active`: see [`super::next`].
+/// The root key that takes the place of `active`, a fresh one if `fresh`: see [`super::next`].
 ///
 /// The file is exchanged whole, under a lock on it that every rotation of every database takes. It
 /// is durable before this returns, that is before anything is wrapped under the new key.
-pub fn next(path: &Path, active: RootId, known: &[RootId]) -> Result<RootId> {
+pub fn next(path: &Path, active: RootId, known: &[RootId], fresh: bool) -> Result<Next> {
     refuse_inside_the_cluster(path)?;
     // A rename in the place of a link would leave the file that it leads to as it was.
     let path = &path.canonicalize().map_err(|e| read_only(path, &e))?;
@@ -120,12 +121,16 @@ pub fn next(path: &Path, active: RootId, known: &[RootId]) -> Result<RootId> {
             "Put the right keyring file in place and reload the configuration.".to_string(),
         ));
     }
-    if let Some(last) = ids.last().filter(|id| behind > 0 && !known.contains(id)) {
-        return Ok(*last);
+    let takes_up = |id: &&RootId| !fresh && behind > 0 && !known.contains(id);
+    if let Some(last) = ids.last().filter(takes_up) {
+        return Ok(Next {
+            id: *last,
+            there_since: ring.created_at(last).map(str::to_owned),
+        });
     }
-    let fresh = RootKey::generate()?;
-    let id = fresh.id();
-    ring.push(fresh, now_rfc3339())
+    let made = RootKey::generate()?;
+    let id = made.id();
+    ring.push(made, now_rfc3339())
         .map_err(|cause| Error::Internal(cause.detail()))?;
     let json = ring.to_json();
     if u64::try_from(json.len()).unwrap_or(u64::MAX) > MAX_BYTES {
@@ -139,7 +144,10 @@ pub fn next(path: &Path, active: RootId, known: &[RootId]) -> Result<RootId> {
         ));
     }
     replace(path, &locked, json.as_bytes()).map_err(|e| read_only(path, &e))?;
-    Ok(id)
+    Ok(Next {
+        id,
+        there_since: None,
+    })
 }
 
 /// Opens the file for writing, which tells whether it may change at all, and locks it. The lock

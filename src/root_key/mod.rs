@@ -53,6 +53,8 @@ struct Loaded {
 
 thread_local! {
     static LOADED: RefCell<Option<Loaded>> = const { RefCell::new(None) };
+    /// The root keys that the postmaster has loaded: what a new process begins with.
+    static INHERITED: RefCell<Vec<RootId>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Loads the keyring while the postmaster starts, with a WARNING when that fails.
@@ -61,8 +63,9 @@ pub fn init() {
     if !session::in_preload() || unset {
         return;
     }
-    if let Err(error) = load() {
-        warn(&error, "");
+    match load() {
+        Ok(_) => INHERITED.set(held()),
+        Err(error) => warn(&error, ""),
     }
     // Backends make their own experience.
     command::forget_misses();
@@ -149,6 +152,13 @@ pub fn held() -> Vec<RootId> {
     })
 }
 
+/// The ids of the root keys that a new process need not ask the command for; None when they come
+/// from a file, which is read at no cost.
+pub fn inherited() -> Option<Vec<RootId>> {
+    let is_command = matches!(source(), Ok(Source::Command(_)));
+    is_command.then(|| INHERITED.with_borrow(Vec::clone))
+}
+
 fn held_of(candidates: &[RootId]) -> Option<RootId> {
     LOADED.with_borrow(|loaded| {
         let ring = &loaded.as_ref()?.ring;
@@ -224,14 +234,23 @@ pub fn adopt(wanted: Option<RootId>) -> Result<RootId> {
     }
 }
 
+/// A root key that takes the place of the active one.
+pub struct Next {
+    /// Its id.
+    pub id: RootId,
+    /// When it was made, if the keyring file held it already.
+    pub there_since: Option<String>,
+}
+
 /// The root key that takes the place of `active` when the caller names none: the last one of the
-/// keyring file if it stands behind `active` and is not in `known`, else a fresh one, which is
-/// added to the file. Several databases share one file: so a rotation in the second adopts the key
-/// that the first has added, and one that is repeated after a crash the key that it had added
-/// itself.
-pub fn next(active: RootId, known: &[RootId]) -> Result<RootId> {
+/// keyring file if it stands behind `active` and is not in `known`, else, or if `fresh`, a fresh
+/// one, which is added to the file. Several databases share one file: so a rotation in the second
+/// adopts the key that the first has added, and one that is repeated after a crash the key that it
+/// had added itself. Nobody here can tell such a key from one that has leaked with the file, or
+/// that is the other server's of which this one is a clone: hence `fresh`.
+pub fn next(active: RootId, known: &[RootId], fresh: bool) -> Result<Next> {
     match source()? {
-        Source::File(path) => file::next(&path, active, known),
+        Source::File(path) => file::next(&path, active, known, fresh),
         Source::Command(_) => Err(Error::Argument(
             "rotate_root_key needs a root_id here".to_string(),
             "The root keys come from rekey.root_key_command, which only reads.".to_string(),

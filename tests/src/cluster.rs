@@ -372,6 +372,26 @@ impl Cluster {
         }
     }
 
+    /// Starts the server in the place of process 1 of a container: its orphans become its children.
+    pub fn boot_as_process_one(&self) {
+        let script = format!(
+            "#!/usr/bin/env python3\nimport ctypes, os, sys\n\
+             ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) # PR_SET_CHILD_SUBREAPER\n\
+             os.execv('{0}', ['{0}'] + sys.argv[1:])\n",
+            self.bin("postgres").display()
+        );
+        let first = self.dir.join("process-one");
+        self.write_file(&first, script.as_bytes(), 0o700);
+        let mut command = self.pg_ctl();
+        command
+            .args(["start", "-w", "-l"])
+            .arg(self.dir.join("log"));
+        command.arg("-p").arg(first);
+        command.env("PATH", "/usr/local/bin:/usr/bin:/bin");
+        let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status();
+        assert!(status.expect("pg_ctl").success(), "{}", self.log());
+    }
+
     /// Makes a standby a primary.
     pub fn promote(&self) {
         run(self.pg_ctl().args(["promote", "-w"]));

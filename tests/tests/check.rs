@@ -301,6 +301,29 @@ fn has_library(client: &mut Client, name: &str) -> bool {
     client.attempt(&format!("LOAD '{name}'")).is_ok()
 }
 
+/// As a restore of some rows leaves it, or an apply worker whose publisher shares the root key.
+#[test]
+fn slots_that_only_a_retired_root_key_opens() {
+    let cluster = Cluster::start(Options::preloaded().set("rekey.worker = off"));
+    let mut client = cluster.database("app").connect();
+    client.run(SETUP);
+    client.run("CREATE TABLE saved AS SELECT * FROM rekey.slot_wrap");
+    let old = client.text("SELECT root_id FROM rekey.root_keys");
+    client.run("SELECT rekey.rotate_root_key()");
+    client.run(&format!("SELECT rekey.retire_root_key('{old}')"));
+    let words = "retired root keys only";
+    gone(&mut client, "slots", words);
+    client.run(
+        "SET session_replication_role = replica; DELETE FROM rekey.slot_wrap;
+         INSERT INTO rekey.slot_wrap SELECT * FROM saved; RESET session_replication_role",
+    );
+    let open = "SELECT count(decrypt_col(c)) FROM t";
+    assert_eq!(cluster.connect("app").number(open), 50);
+    mended(&mut client, "warning", "slots", words);
+    client.run("RESET ALL");
+    assert_eq!(cluster.connect("app").number(open), 50);
+}
+
 #[test]
 fn settings_that_write_literals_and_a_missing_preload() {
     let cluster = Cluster::start(

@@ -49,6 +49,25 @@ fn latin1_text_is_utf8_in_the_envelope() {
     );
 }
 
+/// A notice that is no text of the server's encoding would fail on its way to the client.
+#[test]
+fn notices_name_keys_in_the_servers_encoding() {
+    let database = database("japanese", "EUC_JP");
+    database.install();
+    let mut client = database.connect();
+    let create = "SELECT rekey.create_key('鍵', if_not_exists => true)";
+    let slot = client.number(create);
+    assert_eq!(client.number(create), slot, "kept, with a notice");
+    client.run(
+        "SELECT rekey.create_key('pii');
+         CREATE TABLE 表 (名 text); INSERT INTO 表 VALUES ('山')",
+    );
+    client.run("SELECT rekey.encrypt_column('表', '名', '封', 'pii')");
+    client.run("CALL rekey.reencrypt()");
+    client.run("SELECT rekey.finish_encrypt_column('表', '名')");
+    assert_eq!(client.text("SELECT decrypt_col(封) FROM 表"), "山");
+}
+
 #[test]
 fn an_envelope_opens_under_another_server_encoding() {
     let utf8 = cluster().database("wide");

@@ -272,6 +272,10 @@ fn clone_to_staging() {
     restore(&between, "app", &dump);
     let mut page = Page::open("incidents/clone-to-staging.md");
     page.step(&between, "app");
+    // Since the dump production has another root key, which must not travel either.
+    production
+        .connect("app")
+        .run("SELECT rekey.rotate_root_key()");
     let of_production = keyring(&production);
     between.write_file(&between.root_key_file(), of_production.as_bytes(), 0o600);
     page.steps(5, &between, "app");
@@ -281,6 +285,9 @@ fn clone_to_staging() {
     let staging = by_hand();
     staging.connect("postgres").run("CREATE ROLE shop");
     let only_new = entry(&keyring(&between));
+    let root = "SELECT root_id FROM rekey.root_keys WHERE state = 'active'";
+    let root = between.connect("app").text(root);
+    assert!(only_new.contains(&root) && !of_production.contains(&root));
     staging.write_file(&staging.root_key_file(), only_new.as_bytes(), 0o600);
     restore(&staging, "app", &dump);
     page.rest(&staging, "app");

@@ -302,6 +302,147 @@ fn a_promotion_of_a_slot_waits_for_the_laggard_and_names_it() {
     client.run(&promote("60 s"));
 }
 
+/// Without a replication slot nothing stands for it, and it may go on serving reads.
+#[test]
+fn a_promotion_waits_for_a_laggard_that_disconnects_meanwhile() {
+    let cluster = primary();
+    let mut client = cluster.database("app").connect();
+    client.run("SELECT rekey.create_key('pii')");
+    let far = standby(&cluster, "far", false);
+    pause_replay(&mut far.connect("app"));
+    let pending = client.number("SELECT rekey.prepare_key('pii')");
+    let promote = |limit: &str| {
+        format!(
+            "SELECT rekey.promote_key('pii', wait_for_standbys => true, wait_timeout => '{limit}')"
+        )
+    };
+    let mut waiting = cluster.connect("app");
+    std::thread::scope(|scope| {
+        let promotion = scope.spawn(|| waiting.attempt(&promote("5 s")).err());
+        let waits = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%promote_key%' \
+                        AND state = 'active' AND wait_event = 'Extension'";
+        wait_until("the promotion waits", || client.number(waits) == 1);
+        far.stop("fast");
+        let refusal = promotion.join().expect("the promotion");
+        refusal.expect("a refusal").names("far");
+    });
+    far.boot();
+    wait_until("it is back", || {
+        client.number("SELECT count(*) FROM pg_stat_replication") == 1
+    });
+    assert_eq!(client.number(&promote("60 s")), pending);
+    let known = format!("SELECT count(*) FROM rekey.slots WHERE slot_id = {pending}");
+    assert_eq!(far.connect("app").number(&known), 1);
+    // One that nobody has seen behind is not waited for.
+    far.stop("fast");
+    client.run("SELECT rekey.prepare_key('pii')");
+    client.run(&promote("60 s"));
+}
+
+/// Its commit is on no disk yet, and no standby can have heard of it.
+#[test]
+fn a_promotion_waits_for_a_preparation_with_synchronous_commit_off() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("rekey.worker = off")
+            .set("autovacuum = off"),
+    );
+    let mut client = cluster.database("app").connect();
+    client.run("SELECT rekey.create_key('pii')");
+    let far = standby(&cluster, "far", false);
+    let mut laggard = far.connect("app");
+    set(&cluster, &mut client, "wal_writer_delay = '10s'");
+    wait_until("the primary has heard that it is replayed", || {
+        client.truth(
+            "SELECT coalesce(bool_and(replay_lsn >= pg_current_wal_flush_lsn()), false)
+               FROM pg_stat_replication",
+        )
+    });
+    pause_replay(&mut laggard);
+    client.run("SET synchronous_commit = off");
+    let pending = client.number("SELECT rekey.prepare_key('pii')");
+    let promote = |limit: &str| {
+        format!(
+            "SELECT rekey.promote_key('pii', wait_for_standbys => true, wait_timeout => '{limit}')"
+        )
+    };
+    client.refuse(&promote("300 ms"), "55000").names("far");
+    laggard.run("SELECT pg_wal_replay_resume()");
+    assert_eq!(client.number(&promote("60 s")), pending);
+    let known = format!("SELECT count(*) FROM rekey.slots WHERE slot_id = {pending}");
+    assert_eq!(laggard.number(&known), 1);
+}
+
+/// pg_stat_replication shows the rows of others without their columns to whoever lacks pg_monitor.
+#[test]
+fn a_promotion_waits_for_standbys_that_the_owner_of_the_extension_may_not_see() {
+    let cluster = primary();
+    let database = cluster.empty_database("app", "");
+    let boss = database.role("boss");
+    let mut admin = database.connect();
+    admin.run(&format!(
+        "ALTER ROLE {boss} SUPERUSER; GRANT CREATE ON SCHEMA public TO {boss}"
+    ));
+    database
+        .connect_as(&boss)
+        .run("CREATE EXTENSION pg_rekey; SELECT rekey.init_root_key()");
+    admin.run(&format!(
+        "SELECT rekey.create_key('pii'); ALTER ROLE {boss} NOSUPERUSER"
+    ));
+    let far = standby(&cluster, "far", false);
+    let mut laggard = far.connect("app");
+    pause_replay(&mut laggard);
+    let pending = admin.number("SELECT rekey.prepare_key('pii')");
+    let promote = |limit: &str| {
+        format!(
+            "SELECT rekey.promote_key('pii', wait_for_standbys => true, wait_timeout => '{limit}')"
+        )
+    };
+    admin
+        .refuse(&promote("300 ms"), "55000")
+        .names("pg_monitor");
+    admin.run(&format!("GRANT pg_monitor TO {boss}"));
+    admin.refuse(&promote("300 ms"), "55000").names("far");
+    laggard.run("SELECT pg_wal_replay_resume()");
+    assert_eq!(admin.number(&promote("60 s")), pending);
+}
+
+/// It is no standby: nobody reads there what is sealed here.
+#[test]
+fn a_promotion_does_not_wait_for_a_consumer_of_logical_decoding() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("wal_level = logical")
+            .set("rekey.worker = off"),
+    );
+    let mut source = cluster.database("app").connect();
+    source.run(
+        "SELECT rekey.create_key('pii'); CREATE TABLE rows (id int PRIMARY KEY);
+         CREATE PUBLICATION away FOR TABLE rows",
+    );
+    source.run("SELECT pg_create_logical_replication_slot('late', 'pgoutput')");
+    let mut target = cluster.empty_database("target", "").connect();
+    target.run("CREATE TABLE rows (id int PRIMARY KEY)");
+    target.run(&format!(
+        "CREATE SUBSCRIPTION late CONNECTION 'host={} dbname=app user=postgres' PUBLICATION away
+            WITH (create_slot = false, slot_name = 'late', copy_data = false)",
+        cluster.dir().display()
+    ));
+    let mut blocker = cluster.connect("target");
+    blocker.run("BEGIN; LOCK TABLE rows IN ACCESS EXCLUSIVE MODE");
+    source.run("INSERT INTO rows VALUES (1)");
+    let late = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'rows'::regclass";
+    wait_until("its apply worker stands still", || target.number(late) == 1);
+    let pending = source.number("SELECT rekey.prepare_key('pii')");
+    let promote =
+        "SELECT rekey.promote_key('pii', wait_for_standbys => true, wait_timeout => '5 s')";
+    assert_eq!(source.number(promote), pending);
+    blocker.run("ROLLBACK");
+    target.run("ALTER SUBSCRIPTION late DISABLE");
+    target.run("ALTER SUBSCRIPTION late SET (slot_name = NONE)");
+    target.run("DROP SUBSCRIPTION late");
+}
+
 #[test]
 fn a_query_on_a_standby_with_feedback_keeps_its_slot() {
     let cluster = primary();

@@ -254,6 +254,40 @@ fn a_second_database_adopts_the_key_that_the_first_has_added() {
     opens(&mut second);
 }
 
+/// A file that has leaked, or is another server's of which this is a clone, may hold a key that this
+/// database does not know: it must not become the active one.
+#[test]
+fn a_rotation_to_a_new_root_key_takes_up_none_that_the_file_holds() {
+    let cluster = start();
+    let mut first = with_rows(&cluster);
+    let mut second = rows_in(&cluster.database("second"));
+    let mut third = rows_in(&cluster.database("third"));
+    first.run("SELECT rekey.rotate_root_key()");
+    for client in [&mut second, &mut third] {
+        client.fail("SELECT rekey.rotate_root_key('newer')", "22023");
+    }
+    let before = ids(&keyring(&cluster));
+    assert_eq!(before.len(), 2);
+    let new = second.text("SELECT rekey.rotate_root_key('new')");
+    assert_eq!(
+        ids(&keyring(&cluster)),
+        [before, vec![new.clone()]].concat()
+    );
+    opens(&mut second);
+    // Without the word the last one is taken up, and that is said.
+    let rotate = "SELECT rekey.rotate_root_key()";
+    let output = cluster.try_tool("psql", &["-X", "-A", "-t", "-d", "third", "-c", rotate], "");
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), new);
+    let notices = String::from_utf8_lossy(&output.stderr).into_owned();
+    let words = format!("root key {new} was in the keyring file already, since 20");
+    assert!(notices.contains(&words), "{notices}");
+    opens(&mut third);
+    let output = cluster.try_tool("psql", &["-X", "-A", "-t", "-d", "third", "-c", rotate], "");
+    let notices = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!notices.contains("already"), "{notices}");
+    assert_eq!(ids(&keyring(&cluster)).len(), 4);
+}
+
 #[test]
 fn rotations_of_several_databases_at_once_share_one_new_key() {
     let cluster = start();

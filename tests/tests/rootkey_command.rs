@@ -5,11 +5,14 @@
 //! session that holds its root keys.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use postgres::Client;
-use rekey_tests::cluster::runs;
+use rekey_core::cipher::RootKey;
+use rekey_core::root_keyring::RootKeyring;
+use rekey_tests::cluster::{is_root, runs};
 use rekey_tests::{Ask, Cluster, Options, wait_until};
 
 const OPEN: &str = "SELECT decrypt_col(c) FROM t";
@@ -377,6 +380,93 @@ fn a_hanging_command_is_killed_with_all_that_it_started() {
     }
 }
 
+/// Process 1 of a container takes an orphan that a signal has ended for a backend that has crashed,
+/// and ends every session.
+#[test]
+fn a_killed_command_restarts_no_server_that_is_process_1_of_a_container() {
+    let served = Served::start(Options::preloaded());
+    let mut warm = served.connect();
+    assert_eq!(warm.text(OPEN), "one");
+    served.set("rekey.root_key_command_timeout = '300ms'");
+    served.cluster.stop("fast");
+    served.cluster.boot_as_process_one();
+    let mut warm = served.connect();
+    assert_eq!(warm.text(OPEN), "one");
+    let reload = "SELECT rekey.reload_root_keys()";
+    for script in [
+        "sleep 7205 & sleep 7205",
+        "sleep 7205 | cat; sleep 7205",
+        "(sleep 7205 & sleep 7205) & sleep 7205",
+        "sleep 7205 >/dev/null 2>&1 & exit 3",
+    ] {
+        served.provide(script);
+        served.connect().refuse(reload, "58000");
+        wait_until("nothing of it is left", || !served.runs("7205"));
+        assert_eq!(served.connect().text(OPEN), "one", "{script}");
+        assert_eq!(warm.text(OPEN), "one", "{script}");
+    }
+    served.provide("sleep 7205 & sleep 7205");
+    served.set("rekey.root_key_command_timeout = '1h'");
+    let mut ended = served.connect();
+    let pid = ended.number("SELECT pg_backend_pid()");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            wait_until("the command runs", || served.runs("sleep 7205"));
+            warm.run(&format!("SELECT pg_terminate_backend({pid})"));
+        });
+        assert!(ended.simple_query(reload).is_err());
+    });
+    wait_until("nothing of it is left", || !served.runs("7205"));
+    assert_eq!(served.connect().text(OPEN), "one");
+    assert_eq!(warm.text(OPEN), "one");
+    // The postmaster itself, while it starts.
+    drop(warm);
+    served
+        .cluster
+        .append("rekey.root_key_command_timeout = '300ms'");
+    served.cluster.stop("fast");
+    served.cluster.boot_as_process_one();
+    wait_until("nothing of it is left", || !served.runs("7205"));
+    served.provide(&served.printing());
+    assert_eq!(served.connect().text(OPEN), "one");
+    let log = served.cluster.log();
+    assert!(log.contains("killed after 300 ms"), "{log}");
+    assert!(!log.contains("any other active server processes"), "{log}");
+}
+
+/// A command that has become another user, as with sudo, is beyond the server's signals.
+#[test]
+fn a_command_that_cannot_be_killed_keeps_no_session() {
+    if !is_root() {
+        println!("not tried: it takes root to make a program that becomes root");
+        return;
+    }
+    let served = Served::start(Options::unloaded());
+    let become_root = served.path("become-root");
+    fs::copy("/usr/bin/setpriv", &become_root).expect("a copy of setpriv");
+    fs::set_permissions(&become_root, fs::Permissions::from_mode(0o4755)).expect("its mode");
+    served.set("rekey.root_key_command_timeout = '300ms'");
+    // Ends with the test, whatever becomes of it.
+    let waits = served.path("waits");
+    fs::write(&waits, "").expect("a file");
+    served.cluster.append(&format!(
+        "rekey.root_key_command = 'exec {} --reuid=0 --regid=0 --clear-groups sh -c \
+         \"while test -e {}; do sleep 0.1; done\"'",
+        become_root.display(),
+        waits.display()
+    ));
+    served.cluster.reload(&mut served.connect());
+    let begin = Instant::now();
+    served.connect().refuse(OPEN, "58000").names("300 ms");
+    assert!(begin.elapsed() < Duration::from_secs(30));
+    assert!(
+        served.runs("while test -e"),
+        "it was killed: nothing is shown"
+    );
+    fs::remove_file(waits).expect("its end");
+    wait_until("nothing of it is left", || !served.runs("while test -e"));
+}
+
 #[test]
 fn a_slow_command_is_waited_for() {
     let served = Served::start(Options::unloaded());
@@ -523,6 +613,38 @@ fn rotation_under_a_command_needs_the_id_of_a_key_that_it_serves() {
     client.run(&format!("SELECT rekey.retire_root_key('{old}')"));
     let mut fresh = served.connect();
     assert_eq!(fresh.column(&format!("{OPEN} ORDER BY 1")), ["one", "two"]);
+}
+
+/// A parallel worker has what the server has loaded at its start, and nothing of its leader's.
+#[test]
+fn check_says_when_new_sessions_and_parallel_workers_ask_the_command() {
+    let served = Served::start(Options::preloaded());
+    let mut warm = served.connect();
+    let asks = "SELECT count(*) FROM rekey.check() WHERE object = 'setting rekey.root_key_command'
+                   AND finding LIKE '%parallel%'";
+    assert_eq!(warm.number(asks), 0);
+    let new = RootKey::from_slice(&[7; 32]).expect("32 bytes");
+    let mut ring = RootKeyring::parse(served.keyring.as_bytes()).expect("the keyring");
+    let old = ring.ids().next().expect("the first root key");
+    let id = new.id();
+    ring.push(new, "2026-01-01T00:00:00Z".to_owned())
+        .expect("a new root key");
+    served.provide(&format!("cat <<'END'\n{}END", ring.to_json().as_str()));
+    warm.run(&format!("SELECT rekey.rotate_root_key('{id}')"));
+    assert_eq!(warm.number(asks), 0, "the old root key opens every slot");
+    warm.run(&format!("SELECT rekey.retire_root_key('{old}')"));
+    assert_eq!(warm.number(asks), 1);
+    assert_eq!(warm.text(OPEN), "one");
+    // What it warns of: the session holds the root key, and its query asks.
+    let before = served.asked();
+    warm.run(
+        "SET parallel_setup_cost = 0; SET parallel_tuple_cost = 0;
+         SET min_parallel_table_scan_size = 0; SET parallel_leader_participation = off",
+    );
+    assert_eq!(warm.text(OPEN), "one");
+    assert_eq!(served.asked(), before + 1);
+    served.cluster.restart("fast");
+    assert_eq!(served.connect().number(asks), 0);
 }
 
 #[test]

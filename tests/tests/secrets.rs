@@ -160,6 +160,28 @@ fn without_preload_none_does_once_the_library_is_loaded() {
     assert!(!cluster.log().contains(CANARY));
 }
 
+/// The application still writes the old column: its statements have the values that are sealed.
+#[test]
+fn a_statement_whose_value_a_live_column_seals_is_kept_out_of_the_log() {
+    let cluster = Cluster::start(options(true).set("rekey.worker = off"));
+    let mut client = cluster.database("app").connect();
+    client.run(
+        "SELECT rekey.create_key('pii');
+         CREATE TABLE live (id int PRIMARY KEY, plain text);
+         INSERT INTO live VALUES (1, 'harmless');
+         SELECT rekey.encrypt_column('live', 'plain', 'sealed', 'pii')",
+    );
+    client.fail(&format!("INSERT INTO live VALUES (1, '{CANARY}')"), "23505");
+    client.run(&format!("INSERT INTO live VALUES (2, '{CANARY}')"));
+    client.fail(
+        &format!("UPDATE live SET id = 1, plain = '{CANARY} too' WHERE id = 2"),
+        "23505",
+    );
+    let log = cluster.log();
+    assert!(log.contains("live_pkey"), "{log}");
+    assert!(!log.contains(CANARY), "{log}");
+}
+
 #[test]
 fn other_statements_are_logged_as_before() {
     let cluster = Cluster::start(options(true));
@@ -172,6 +194,11 @@ fn other_statements_are_logged_as_before() {
             .log()
             .contains("STATEMENT:  SELECT 'a visible marker', 1 / 0")
     );
+    client.fail(
+        "SELECT import_key, 1 / 0 FROM (SELECT 'of others' AS import_key) AS t",
+        "22012",
+    );
+    assert!(cluster.log().contains("STATEMENT:  SELECT import_key"));
     client.fail("SELECT encrypt_col('x', 'nope')", "42704");
     client.fail("SELECT 'another marker', 1 / 0", "22012");
     assert!(

@@ -258,11 +258,26 @@ fn a_transport_key_does_not_reach_the_log() {
         &format!("SELECT rekey.export_key('no such key', '{key}')"),
         "42704",
     );
+    // Errors of PostgreSQL's own, before the function runs.
+    let hex: String = key.bytes().map(|byte| format!("{byte:02x}")).collect();
+    for call in [
+        "export_key('pii', $$\\x{}$$)",
+        "\"import_key\" ('{', $$\\x{}$$)",
+    ] {
+        for wrong in ["1/0", "nobody()"] {
+            let call = call.replace("{}", &hex);
+            let sql = format!("SELECT rekey.{call}, {wrong}");
+            there.simple_query(&sql).expect_err("a refusal");
+        }
+    }
+    let role = there.text("SELECT current_database() || '_nobody'");
+    there.run(&format!("CREATE ROLE {role}; SET ROLE {role}"));
+    there.fail(&format!("SELECT rekey.export_key('pii', '{key}')"), "42501");
     for cluster in clusters() {
-        assert!(
-            !cluster.log().contains(key),
-            "the transport key is in the log"
-        );
+        let log = cluster.log();
+        for form in [key, &hex] {
+            assert!(!log.contains(form), "the transport key is in the log");
+        }
     }
 }
 

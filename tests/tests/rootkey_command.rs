@@ -401,7 +401,7 @@ fn a_killed_command_restarts_no_server_that_is_process_1_of_a_container() {
     ] {
         served.provide(script);
         served.connect().refuse(reload, "58000");
-        wait_until("nothing of it is left", || !served.runs("7205"));
+        wait_until("nothing of it is left", || !runs("7205"));
         assert_eq!(served.connect().text(OPEN), "one", "{script}");
         assert_eq!(warm.text(OPEN), "one", "{script}");
     }
@@ -411,12 +411,12 @@ fn a_killed_command_restarts_no_server_that_is_process_1_of_a_container() {
     let pid = ended.number("SELECT pg_backend_pid()");
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            wait_until("the command runs", || served.runs("sleep 7205"));
+            wait_until("the command runs", || runs("sleep 7205"));
             warm.run(&format!("SELECT pg_terminate_backend({pid})"));
         });
         assert!(ended.simple_query(reload).is_err());
     });
-    wait_until("nothing of it is left", || !served.runs("7205"));
+    wait_until("nothing of it is left", || !runs("7205"));
     assert_eq!(served.connect().text(OPEN), "one");
     assert_eq!(warm.text(OPEN), "one");
     // The postmaster itself, while it starts.
@@ -426,7 +426,7 @@ fn a_killed_command_restarts_no_server_that_is_process_1_of_a_container() {
         .append("rekey.root_key_command_timeout = '300ms'");
     served.cluster.stop("fast");
     served.cluster.boot_as_process_one();
-    wait_until("nothing of it is left", || !served.runs("7205"));
+    wait_until("nothing of it is left", || !runs("7205"));
     served.provide(&served.printing());
     assert_eq!(served.connect().text(OPEN), "one");
     let log = served.cluster.log();
@@ -459,12 +459,9 @@ fn a_command_that_cannot_be_killed_keeps_no_session() {
     let begin = Instant::now();
     served.connect().refuse(OPEN, "58000").names("300 ms");
     assert!(begin.elapsed() < Duration::from_secs(30));
-    assert!(
-        served.runs("while test -e"),
-        "it was killed: nothing is shown"
-    );
+    assert!(runs("while test -e"), "it was killed: nothing is shown");
     fs::remove_file(waits).expect("its end");
-    wait_until("nothing of it is left", || !served.runs("while test -e"));
+    wait_until("nothing of it is left", || !runs("while test -e"));
 }
 
 #[test]

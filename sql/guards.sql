@@ -91,7 +91,12 @@ COMMENT ON TRIGGER stamp_registration ON rekey.live_column IS
     'A restored live column gets the numbers of the restored table';
 
 -- A publication FOR ALL TABLES carries the catalog too. Its rows must never stop an apply worker at a
--- subscriber that has a root key, keys or an audit log of its own: what is here stays.
+-- subscriber that has a root key, keys or an audit log of its own: what is here stays. The worker
+-- is a session with replication role too, and applies nothing.
+CREATE FUNCTION rekey.is_applying() RETURNS boolean
+    LANGUAGE c STABLE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'is_applying_wrapper';
+COMMENT ON FUNCTION rekey.is_applying() IS
+    'Whether this session applies the changes of another server: it has set up a replication origin';
 CREATE FUNCTION rekey.yield_to_local() RETURNS trigger
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -103,8 +108,6 @@ BEGIN
             NEW.audit_id := nextval('rekey.audit_id'::regclass);
         END LOOP;
         RETURN NEW;
-    ELSIF NOT pg_replication_origin_session_is_setup() THEN
-        RETURN CASE TG_OP WHEN 'DELETE' THEN OLD ELSE NEW END;
     ELSIF TG_TABLE_NAME IN ('progress_state', 'backfill_state', 'pause', 'quarantine') THEN
         -- How far the publisher's worker is says nothing here.
         RETURN NULL;
@@ -163,7 +166,8 @@ BEGIN
                         ('pause', 'INSERT OR UPDATE OR DELETE'), ('quarantine', 'INSERT OR UPDATE OR DELETE')
     LOOP
         EXECUTE format('CREATE TRIGGER yield_to_local BEFORE %s ON rekey.%I
-                            FOR EACH ROW EXECUTE FUNCTION rekey.yield_to_local()',
+                            FOR EACH ROW WHEN (rekey.is_applying())
+                            EXECUTE FUNCTION rekey.yield_to_local()',
                        fires.column2, fires.column1);
         EXECUTE format('ALTER TABLE rekey.%I ENABLE REPLICA TRIGGER yield_to_local', fires.column1);
         EXECUTE format('COMMENT ON TRIGGER yield_to_local ON rekey.%I IS %L', fires.column1,

@@ -340,6 +340,12 @@ pub(super) fn unregister(oid: Oid, column: &str) -> Result<()> {
     Ok(())
 }
 
+/// Whether this session applies what another server has changed.
+#[pg_extern(sql = false)]
+fn is_applying(fcinfo: FunctionCallInfo) -> Reply {
+    reply(fcinfo, |_| Ok(Reply::bool(session::has_origin())))
+}
+
 /// Trigger before a registration is stored, by register_column or by a restore.
 #[pg_extern(sql = false)]
 fn stamp_registration(fcinfo: FunctionCallInfo) -> Reply {

@@ -387,6 +387,12 @@ pub fn sleep_ms(milliseconds: i64) {
     pgrx::check_for_interrupts!();
 }
 
+/// Whether the session has set up a replication origin, as whoever applies changes does.
+pub fn has_origin() -> bool {
+    // SAFETY: a static of this process.
+    unsafe { pg_sys::replorigin_session_origin != pg_sys::InvalidRepOriginId as u16 }
+}
+
 /// The operating-system user that the server runs as.
 pub fn server_user() -> u32 {
     // SAFETY: never fails.

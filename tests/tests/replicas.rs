@@ -517,6 +517,36 @@ fn a_standby_without_feedback_has_to_replay_the_proof_and_gets_time_for_its_quer
     assert_eq!(reader.number(WRONG), 0);
 }
 
+/// To him the view shows NULLs.
+#[test]
+fn a_slot_does_not_end_past_a_standby_that_the_owner_of_the_extension_may_not_see() {
+    let cluster = primary();
+    let database = cluster.empty_database("app", "");
+    let boss = database.role("boss");
+    let mut client = database.connect();
+    client.run(&format!(
+        "ALTER ROLE {boss} SUPERUSER; GRANT CREATE ON SCHEMA public TO {boss}"
+    ));
+    database
+        .connect_as(&boss)
+        .run("CREATE EXTENSION pg_rekey; SELECT rekey.init_root_key()");
+    fill(&mut client, 50);
+    client.run(&format!("ALTER ROLE {boss} NOSUPERUSER"));
+    let far = standby(&cluster, "far", false);
+    let mut laggard = far.connect("app");
+    pause_replay(&mut laggard);
+    let first = slot(&mut client, 1);
+    client.run("SELECT rotate_key('pii')");
+    wait_until("the rotation is drained", || is_drained(&mut client));
+    set(&cluster, &mut client, "rekey.standby_query_delay = 0");
+    refused(&mut client, first, "lacks pg_monitor");
+    client.run(&format!("GRANT pg_monitor TO {boss}"));
+    refused(&mut client, first, "not replayed the proof: far");
+    laggard.run("SELECT pg_wal_replay_resume()");
+    replayed(&mut client, &mut laggard);
+    destroy(&mut client, first);
+}
+
 /// What an old snapshot sees: every row as it was, or the end of its slot, or of its query.
 fn looks(session: &mut Client, slot: i64) -> &'static str {
     match session.simple_query(WRONG) {

@@ -411,6 +411,7 @@ fn it_is_switched_off_and_on_by_a_reload() {
     );
     client.run("ALTER SYSTEM SET rekey.databases = 'elsewhere, switched'");
     cluster.reload(&mut client);
+    wait_until("what has waited is drained", || drained(&mut client) == 2);
     client.run("SELECT rotate_key('pii')");
     wait_until("all rotations are drained", || drained(&mut client) == 3);
 }

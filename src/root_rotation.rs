@@ -158,6 +158,7 @@ pub fn mark_compromised(id: RootId, reason: &str) -> Result<i32> {
         "retired" => {}
         _ => roots::set_state(id, "compromised")?,
     }
+    failpoint::reach("root.compromised")?;
     let under = read::slots_under(id)?;
     let mut slots = read::all_slots()?;
     // Pending ones are destroyed, and before anything rotates: a rotation would promote them.
@@ -170,6 +171,7 @@ pub fn mark_compromised(id: RootId, reason: &str) -> Result<i32> {
             count += 1;
         }
     }
+    failpoint::reach("root.marked")?;
     Audit::act(
         "mark_compromised_root",
         None,

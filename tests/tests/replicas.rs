@@ -8,7 +8,7 @@ use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use postgres::Client;
-use rekey_tests::{Ask, Cluster, Options, Refusal, wait_until};
+use rekey_tests::{Ask, BOUNDARIES, Cluster, GATE, Options, Refusal, wait_until};
 
 const WRONG: &str = "SELECT count(*) FROM t WHERE decrypt_col(c) IS DISTINCT FROM shadow";
 const ACTIVE_ROOT: &str = "SELECT root_id FROM rekey.root_keys WHERE state = 'active'";
@@ -211,6 +211,56 @@ fn a_standby_promoted_in_the_middle_of_re_encryption_goes_on_at_its_cursor() {
     assert!(!is_drained(&mut client));
     assert!(client.number(CURSOR) >= at);
     goes_on(&standby);
+}
+
+/// Promotes a standby while the primary's worker stands at each of these boundaries, one after the
+/// other; the primary goes on as well.
+fn promoted_at(boundaries: &[&str]) {
+    let cluster = primary();
+    let mut client = cluster.database("app").connect();
+    fill(&mut client, 200);
+    client.run("SELECT rekey.set_policy('pii', after_drain => 'destroy')");
+    set(&cluster, &mut client, "rekey.standby_query_delay = 0");
+    let mut gate = cluster.connect("app");
+    let open = "SELECT count(*) FROM rekey.slots WHERE state <> 'destroyed'";
+    for boundary in boundaries {
+        let heir = standby(&cluster, "heir", false);
+        gate.run(&format!("SELECT pg_advisory_lock({GATE})"));
+        cluster.arm(boundary, "wait");
+        client.run("SELECT rotate_key('pii')");
+        let waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+        wait_until(boundary, || client.number(waits) == 1);
+        // What the worker has not committed is in the WAL as well: a commit flushes it.
+        client.run("SELECT pg_logical_emit_message(true, '', '')");
+        let lsn = client.text("SELECT pg_current_wal_flush_lsn()");
+        let mut there = heir.connect("app");
+        wait_until("the standby has replayed", || {
+            there.truth(&format!("SELECT pg_last_wal_replay_lsn() >= '{lsn}'"))
+        });
+        assert_eq!(there.number(open), 2, "{boundary}: it has come to its end");
+        let mut promoted = promote(&heir);
+        for round in ["what was left", "its own rotation"] {
+            assert_eq!(promoted.number(WRONG), 0, "{boundary}");
+            wait_until(&format!("{round} is drained after {boundary}"), || {
+                promoted.number(open) == 1
+            });
+            assert_eq!(promoted.number(WRONG), 0, "{boundary}: {round}");
+            promoted.run("SELECT rotate_key('pii')");
+        }
+        assert_eq!(promoted.number("SELECT count(*) FROM t"), 200);
+        gate.run(&format!("SELECT pg_advisory_unlock({GATE})"));
+        wait_until("the old primary goes on", || client.number(open) == 1);
+        assert_eq!(client.number(WRONG), 0, "{boundary}");
+    }
+}
+
+#[test]
+fn a_standby_promoted_at_each_boundary_of_the_worker_goes_on() {
+    let (first, second) = BOUNDARIES.split_at(BOUNDARIES.len() / 2);
+    std::thread::scope(|scope| {
+        scope.spawn(|| promoted_at(first));
+        scope.spawn(|| promoted_at(second));
+    });
 }
 
 #[test]

@@ -29,8 +29,8 @@ const LAGGARDS: &str = "\
 /// Waits for `timeout` (an interval datum) at most; 55000 names those that are behind.
 pub fn wait_for_replay(timeout: pg_sys::Datum) -> Result<()> {
     // What is flushed, not what is inserted: the last record may be this transaction's own, which
-    // nobody flushes while it waits. A commit of prepare_key with synchronous_commit = off is
-    // flushed within three times wal_writer_delay, not before.
+    // nobody flushes while it waits. The commit of prepare_key is flushed, whatever
+    // synchronous_commit says (Audit::record_all).
     let here = bigint(
         "SELECT (pg_catalog.pg_current_wal_flush_lsn() - '0/0'::pg_lsn)::bigint",
         &[],

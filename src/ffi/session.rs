@@ -327,6 +327,13 @@ pub fn refuse_read_only(function: &CStr) {
     unsafe { pg_sys::PreventCommandIfReadOnly(function.as_ptr()) }
 }
 
+/// The commit of the running transaction is on disk when it returns, whatever synchronous_commit
+/// says: for what somebody relies on outside the database.
+pub fn commit_durably() {
+    // SAFETY: sets a flag, which the start of the next transaction clears.
+    unsafe { pg_sys::ForceSyncCommit() }
+}
+
 /// The commit of the running transaction need not be on disk when it returns: for what is done
 /// again if a crash undoes it. WAL is flushed in its order, so that whatever is committed later and
 /// survives has all of this behind it.

@@ -353,6 +353,62 @@ fn a_promotion_of_a_slot_waits_for_the_laggard_and_names_it() {
 }
 
 #[test]
+fn a_slot_that_was_prepared_under_asynchronous_commits_is_waited_for_as_well() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("autovacuum = off")
+            .set("rekey.worker = off")
+            .set("synchronous_commit = off")
+            .set("wal_writer_delay = '10s'"),
+    );
+    let mut client = cluster.database("app").connect();
+    fill(&mut client, 10);
+    let standby = standby(&cluster, "far", false);
+    let mut laggard = standby.connect("app");
+    pause_replay(&mut laggard);
+    client.run("SELECT rekey.prepare_key('pii')");
+    let promote = "SELECT rekey.promote_key('pii', wait_for_standbys => true, \
+                                             wait_timeout => '300 ms')";
+    client.refuse(promote, "55000").names("far");
+    laggard.run("SELECT pg_wal_replay_resume()");
+    client.run(&promote.replace("300 ms", "60 s"));
+}
+
+#[test]
+fn a_query_on_a_standby_of_a_standby_keeps_its_slot_by_the_feedback_of_both() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("autovacuum = off")
+            .set("rekey.work_ratio = 1")
+            .set("full_page_writes = on"), // for a backup of a standby
+    );
+    let mut client = cluster.database("app").connect();
+    fill(&mut client, 50);
+    let near = standby(&cluster, "near", true);
+    let far = near.standby();
+    let mut between = near.connect("app");
+    let feedback = "SELECT count(*) FROM pg_stat_replication WHERE backend_xmin IS NOT NULL";
+    wait_until("it sends feedback", || between.number(feedback) == 1);
+    let mut reader = far.connect("app");
+    replayed(&mut client, &mut reader);
+    let first = slot(&mut client, 1);
+    reader.run("BEGIN ISOLATION LEVEL REPEATABLE READ");
+    assert_eq!(reader.number(&format!("{WRONG} AND id < 10")), 0);
+    client.run("SELECT rotate_key('pii')");
+    wait_until("the rotation is drained", || is_drained(&mut client));
+    replayed(&mut client, &mut reader);
+    refused(&mut client, first, "standby near");
+    let stale = format!("SELECT count(*) FROM t WHERE rekey.slot_id(c) = {first}");
+    assert_eq!(reader.number(&stale), 50, "it sees what was");
+    assert_eq!(reader.number(WRONG), 0, "and opens it");
+    reader.run("COMMIT");
+    destroy(&mut client, first);
+    replayed(&mut client, &mut reader);
+    assert_eq!(reader.number(&stale), 0);
+    assert_eq!(reader.number(WRONG), 0);
+}
+
+#[test]
 fn a_query_on_a_standby_with_feedback_keeps_its_slot() {
     let cluster = primary();
     let mut client = cluster.database("app").connect();

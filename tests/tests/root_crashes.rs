@@ -257,6 +257,42 @@ fn the_first_root_key_survives_kill_9_of_the_postmaster_at_every_step() {
 }
 
 #[test]
+fn what_was_reported_done_outlives_a_crash_under_asynchronous_commits_as_well() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("synchronous_commit = off")
+            .set("wal_writer_delay = '10s'")
+            .set("rekey.worker = off"),
+    );
+    let mut client = cluster.database("app").connect();
+    client.run("SELECT rekey.create_key('pii'); CREATE TABLE t (c bytea, shadow text)");
+    client.run("INSERT INTO t VALUES (encrypt_col('one', 'pii'), 'one')");
+    let old = client.text(ACTIVE);
+    let new = client.text(ROTATE);
+    for (act, proof) in [
+        (
+            format!("SELECT rekey.retire_root_key('{old}')"),
+            format!("SELECT state = 'retired' FROM rekey.root_keys WHERE root_id = '{old}'"),
+        ),
+        (
+            "SELECT rotate_key('pii')".to_owned(),
+            "SELECT count(*) = 2 FROM rekey.slots".to_owned(),
+        ),
+        (
+            "SELECT rekey.shred_key('pii', 'test')".to_owned(),
+            "SELECT bool_and(state = 'destroyed') FROM rekey.slots".to_owned(),
+        ),
+    ] {
+        cluster.connect("app").run(&act);
+        cluster.kill();
+        cluster.boot();
+        let mut client = cluster.connect("app");
+        assert!(client.truth(&proof), "undone: {act}");
+        assert_eq!(client.text(ACTIVE), new);
+    }
+}
+
+#[test]
 fn an_error_at_every_step_leaves_everything_as_it_was() {
     let cluster = start();
     let mut client = cluster.connect("app");

@@ -114,7 +114,7 @@ fn wrap_all(root: &RootRow) -> Result<usize> {
 }
 
 /// Deletes what a root key wraps here. Every slot must open under another root key of this server,
-/// which is tried.
+/// which is tried, with the keyring file as it is now: the next start reads no other.
 pub fn retire(id: RootId) -> Result<()> {
     roots::lock(Roots::Change)?;
     let root = known(id)?;
@@ -123,6 +123,14 @@ pub fn retire(id: RootId) -> Result<()> {
         "retired" => return Err(repeated(id, "retired")),
         _ => {}
     }
+    root_key::look_again().map_err(|error| match error {
+        Error::RootKey(detail, hint) => Error::State(
+            format!("root key {id} cannot be retired while the keyring cannot be read"),
+            detail,
+            hint,
+        ),
+        other => other,
+    })?;
     let under = read::slots_under(id)?;
     for slot in living(read::all_slots()?).filter(|slot| under.contains(&slot.id)) {
         pgrx::check_for_interrupts!();

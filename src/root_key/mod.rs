@@ -129,13 +129,23 @@ pub fn holds(id: RootId) -> bool {
     }
 }
 
-/// Looks whether the keyring file is one that is accepted, where it may lie. A command is not run.
-pub fn inspect() -> Result<()> {
+/// Looks whether the keyring file is one that is accepted, where it may lie, and returns the ids of
+/// its root keys: this process may still hold those of an earlier one. A command is not run: None.
+pub fn inspect() -> Result<Option<Vec<RootId>>> {
     match source()? {
         Source::File(path) => {
             file::refuse_inside_the_cluster(&path)?;
-            file::read(&path).map(|_| ())
+            Ok(Some(file::read(&path)?.ids().collect()))
         }
+        Source::Command(_) => Ok(None),
+    }
+}
+
+/// Reads a keyring file as it is now, before what cannot be undone: what this process holds of an
+/// earlier one does not count then. A command is not run for it.
+pub fn look_again() -> Result<()> {
+    match source()? {
+        Source::File(_) => load().map(|_| ()),
         Source::Command(_) => Ok(()),
     }
 }

@@ -318,6 +318,31 @@ fn root_keys_that_the_catalog_has_wrong_that_nobody_knows_or_that_have_leaked() 
 }
 
 #[test]
+fn a_keyring_file_that_was_exchanged_and_not_read_again() {
+    let cluster = Cluster::start(Options::preloaded().set("rekey.worker = off"));
+    let other = Cluster::start(Options::preloaded());
+    other.database("other");
+    let database = cluster.database("exchanged");
+    let mut client = database.connect();
+    client.run(SETUP);
+    let root = format!("root key {}", root_id(&mut client));
+    let right = std::fs::read(cluster.root_key_file()).expect("the keyring");
+    let wrong = std::fs::read(other.root_key_file()).expect("another keyring");
+    drop(client);
+    cluster.restart("fast");
+    cluster.write_file(&cluster.root_key_file(), &wrong, 0o600);
+    // What the server has read at its start still opens everything: nobody notices.
+    let mut client = database.connect();
+    assert!(client.truth("SELECT rekey.ready()"));
+    assert_eq!(client.number("SELECT count(decrypt_col(c)) FROM t"), 50);
+    let words = "the keyring file does not have it any more: 1 of the 1 slots";
+    reported(&mut client, "error", &root, words);
+    cluster.write_file(&cluster.root_key_file(), &right, 0o600);
+    gone(&mut client, &root, words);
+    reported(&mut client, "notice", &root, "active, held here");
+}
+
+#[test]
 fn a_server_without_a_source_of_root_keys() {
     let cluster = Cluster::start(Options::preloaded().set("rekey.root_key_file = ''"));
     let mut client = cluster.empty_database("sourceless", "").connect();

@@ -185,6 +185,13 @@ fn retirement_is_refused_while_it_would_lose_something() {
     opens(&mut client);
     cluster.write_file(&cluster.root_key_file(), both.as_bytes(), 0o600);
     cluster.reload(&mut client);
+    // The same for a session that still holds it: the next start would not.
+    for content in [&only(&both, &[&old]), ""] {
+        assert!(client.truth("SELECT rekey.ready()"));
+        cluster.write_file(&cluster.root_key_file(), content.as_bytes(), 0o600);
+        client.refuse(&retire(&old), "55000");
+        cluster.write_file(&cluster.root_key_file(), both.as_bytes(), 0o600);
+    }
     // A wrapped key under the new root key that is damaged: the old one is the last.
     client.run(
         "BEGIN; SET LOCAL session_replication_role = replica;

@@ -1,10 +1,9 @@
 //! The background worker: woken by a commit, silent otherwise, in nobody's way.
 
-use rekey_tests::{Ask, Cluster, Database, GATE, Options, long_runs, wait_until};
-
 use std::time::{Duration, Instant};
 
 use postgres::Client;
+use rekey_tests::{Ask, Cluster, Database, GATE, Options, long_runs, wait_until};
 
 fn cluster() -> Cluster {
     Cluster::start(

@@ -1675,6 +1675,51 @@ fn slots_of_lookup_keys_await_their_proof_as_others_do() {
 }
 
 #[test]
+fn fingerprints_and_envelopes_in_each_others_columns_and_strangers_among_fingerprints() {
+    let mut client = database("mixed").connect();
+    client.run(
+        "SELECT rekey.create_key('find', purpose => 'lookup');
+         ALTER TABLE t ADD fp bytea;
+         UPDATE t SET fp = fingerprint_col('v' || id, 'find');
+         SELECT rekey.register_fingerprint('t', 'fp', 'c', 'find', 'pii')",
+    );
+    let (sealed, made) = ("column public.t.c", "column public.t.fp");
+    gone(&mut client, made, "");
+    let right = "UPDATE t SET fp = fingerprint_col('v' || id, 'find'), \
+                        c = encrypt_col('v' || id, 'pii') WHERE id = 1";
+    for (wrong, object, words) in [
+        ("fp = 'x'", made, "are no fingerprints"),
+        (
+            "fp = c",
+            made,
+            "are envelopes, and the column is registered for fingerprints",
+        ),
+        (
+            "c = fp",
+            sealed,
+            "are fingerprints, and the column is registered for envelopes",
+        ),
+    ] {
+        client.run(&format!("UPDATE t SET {wrong} WHERE id = 1"));
+        reported(&mut client, "error", object, words);
+        client.run(right);
+        gone(&mut client, object, "sampled values");
+    }
+}
+
+#[test]
+fn a_table_that_is_locked_is_not_waited_for_and_is_said_to_be_left_out() {
+    let database = database("locked");
+    let (mut client, mut other) = (database.connect(), database.connect());
+    other.run("BEGIN; LOCK TABLE t");
+    client.run("SET lock_timeout = '10s'");
+    let words = "were not looked at";
+    reported(&mut client, "notice", "registered columns", words);
+    other.run("COMMIT");
+    gone(&mut client, "registered columns", words);
+}
+
+#[test]
 fn a_fingerprint_in_a_default_is_found() {
     let database = database("default_fp");
     let mut client = database.connect();

@@ -123,7 +123,7 @@ pub fn retire(id: RootId) -> Result<()> {
         "retired" => return Err(repeated(id, "retired")),
         _ => {}
     }
-    root_key::look_again().map_err(|error| match error {
+    let in_file = root_key::in_file().map_err(|error| match error {
         Error::RootKey(detail, hint) => Error::State(
             format!("root key {id} cannot be retired while the keyring cannot be read"),
             detail,
@@ -131,11 +131,21 @@ pub fn retire(id: RootId) -> Result<()> {
         ),
         other => other,
     })?;
+    let lasts = |other: &RootId| in_file.as_ref().is_none_or(|ids| ids.contains(other));
     let under = read::slots_under(id)?;
     for slot in living(read::all_slots()?).filter(|slot| under.contains(&slot.id)) {
         pgrx::check_for_interrupts!();
         let mut others = read::wraps(slot.id)?;
         others.retain(|(other, _)| *other != id);
+        if !others.is_empty() && !others.iter().any(|(other, _)| lasts(other)) {
+            let ids: Vec<String> = others.iter().map(|(other, _)| other.to_string()).collect();
+            let cause = format!(
+                "The keyring file does not hold root key {}.",
+                ids.join(", ")
+            );
+            return Err(left_without(&slot, &cause));
+        }
+        others.retain(|(other, _)| lasts(other));
         lifecycle::unwrap_one_of(&slot, &others).map_err(|error| match error {
             Error::RootKey(detail, _) => left_without(&slot, &detail),
             other => other,

@@ -190,6 +190,10 @@ fn retirement_is_refused_while_it_would_lose_something() {
         assert!(client.truth("SELECT rekey.ready()"));
         cluster.write_file(&cluster.root_key_file(), content.as_bytes(), 0o600);
         client.refuse(&retire(&old), "55000");
+        assert!(
+            client.truth("SELECT rekey.ready()"),
+            "it takes nothing away"
+        );
         cluster.write_file(&cluster.root_key_file(), both.as_bytes(), 0o600);
     }
     // A wrapped key under the new root key that is damaged: the old one is the last.

@@ -142,7 +142,7 @@ fn root_keys() -> Result<Vec<Finding>> {
         ));
         return Ok(found);
     }
-    if let Err(error) = root_key::inspect() {
+    let in_file = root_key::inspect().unwrap_or_else(|error| {
         let (facts, hint) = error.explain();
         found.push(Finding::new(
             Severity::Error,
@@ -150,13 +150,20 @@ fn root_keys() -> Result<Vec<Finding>> {
             facts,
             hint,
         ));
-    }
+        None
+    });
     let held: Vec<RootId> = roots
         .iter()
         .filter(|root| root_key::holds(root.id))
         .map(|root| root.id)
         .collect();
-    let ids: Vec<&[u8]> = held.iter().map(|id| &id.as_bytes()[..]).collect();
+    // Held out of an earlier keyring file, the next start does not have it.
+    let lasts = |id| in_file.as_ref().is_none_or(|ids| ids.contains(id));
+    let ids: Vec<&[u8]> = held
+        .iter()
+        .filter(|id| lasts(id))
+        .map(|id| &id.as_bytes()[..])
+        .collect();
     let wraps = check::wraps(&ids)?;
     for root in roots.iter().filter(|root| root.state != "retired") {
         let id = root.id.to_string();
@@ -165,7 +172,12 @@ fn root_keys() -> Result<Vec<Finding>> {
             .iter()
             .find(|(of, ..)| *of == id)
             .map_or((0, 0), |(_, slots, only)| (*slots, *only));
-        found.push(root_key_finding(root, held.contains(&root.id), slots, only));
+        let here = match (held.contains(&root.id), lasts(&root.id)) {
+            (false, _) => Held::No,
+            (true, false) => Held::UntilRead,
+            (true, true) => Held::Yes,
+        };
+        found.push(root_key_finding(root, here, slots, only));
     }
     for id in root_key::held() {
         if roots.iter().all(|root| root.id != id) {
@@ -231,19 +243,35 @@ fn asked_for_again() -> Result<Option<Finding>> {
     )))
 }
 
-fn root_key_finding(root: &read::RootRow, held: bool, slots: i64, only: i64) -> Finding {
+/// Whether this server holds a root key.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Held {
+    No,
+    /// Until the keyring file, which does not have it, is read again.
+    UntilRead,
+    Yes,
+}
+
+fn root_key_finding(root: &read::RootRow, held: Held, slots: i64, only: i64) -> Finding {
     let object = format!("root key {}", root.id);
     let state = &root.state;
     let copy = "copy the keyring from another server or from escrow, then SELECT pg_reload_conf(); \
                 with a command SELECT rekey.reload_root_keys()";
-    if !held && (state == "active" || only > 0) {
-        let finding = format!(
-            "{state}, and this server does not hold it: {only} of the {slots} slots that it \
-             wraps do not open here"
-        );
+    if held != Held::Yes && (state == "active" || only > 0) {
+        let finding = match held {
+            Held::No => format!(
+                "{state}, and this server does not hold it: {only} of the {slots} slots that it \
+                 wraps do not open here"
+            ),
+            _ => format!(
+                "{state}, and the keyring file does not have it any more: {only} of the {slots} \
+                 slots that it wraps do not open once the file is read again, at the next start \
+                 at the latest"
+            ),
+        };
         return Finding::new(Severity::Error, object, finding, copy);
     }
-    if held {
+    if held != Held::No {
         let check = root_key::with_any(&[root.id], |_, key| key.check());
         if !check.is_ok_and(|check| check[..] == root.check[..]) {
             return Finding::new(
@@ -254,6 +282,7 @@ fn root_key_finding(root: &read::RootRow, held: bool, slots: i64, only: i64) -> 
             );
         }
     }
+    let held = held == Held::Yes;
     let here = if held { "held here" } else { "not held here" };
     let finding = format!("{state}, {here}; it wraps {slots} slots");
     match state.as_str() {

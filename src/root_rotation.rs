@@ -127,7 +127,7 @@ fn wrap_all(root: &RootRow) -> Result<usize> {
 }
 
 /// Deletes what a root key wraps here. Every slot must open under another root key of this server,
-/// which is tried.
+/// which is tried, with the keyring file as it is now: the next start reads no other.
 pub fn retire(id: RootId) -> Result<()> {
     roots::lock(Roots::Change)?;
     let root = known(id)?;
@@ -136,11 +136,29 @@ pub fn retire(id: RootId) -> Result<()> {
         "retired" => return Err(repeated(id, "retired")),
         _ => {}
     }
+    let in_file = root_key::in_file().map_err(|error| match error {
+        Error::RootKey(detail, hint) => Error::State(
+            format!("root key {id} cannot be retired while the keyring cannot be read"),
+            detail,
+            hint,
+        ),
+        other => other,
+    })?;
+    let lasts = |other: &RootId| in_file.as_ref().is_none_or(|ids| ids.contains(other));
     let under = read::slots_under(id)?;
     for slot in living(read::all_slots()?).filter(|slot| under.contains(&slot.id)) {
         pgrx::check_for_interrupts!();
         let mut others = read::wraps(slot.id)?;
         others.retain(|(other, _)| *other != id);
+        if !others.is_empty() && !others.iter().any(|(other, _)| lasts(other)) {
+            let ids: Vec<String> = others.iter().map(|(other, _)| other.to_string()).collect();
+            let cause = format!(
+                "The keyring file does not hold root key {}.",
+                ids.join(", ")
+            );
+            return Err(left_without(&slot, &cause));
+        }
+        others.retain(|(other, _)| lasts(other));
         lifecycle::unwrap_one_of(&slot, &others).map_err(|error| match error {
             Error::RootKey(detail, _) => left_without(&slot, &detail),
             other => other,
@@ -171,6 +189,7 @@ pub fn mark_compromised(id: RootId, reason: &str) -> Result<i32> {
         "retired" => {}
         _ => roots::set_state(id, "compromised")?,
     }
+    failpoint::reach("root.compromised")?;
     let under = read::slots_under(id)?;
     let mut slots = read::all_slots()?;
     // Pending ones are destroyed, and before anything rotates: a rotation would promote them.
@@ -183,6 +202,7 @@ pub fn mark_compromised(id: RootId, reason: &str) -> Result<i32> {
             count += 1;
         }
     }
+    failpoint::reach("root.marked")?;
     Audit::act(
         "mark_compromised_root",
         None,

@@ -11,9 +11,9 @@ use crate::catalog::write::Audit;
 use crate::error::{Error, Result};
 use crate::ffi::call::{Call, Reply, reply};
 use crate::ffi::{session, text};
-use crate::lifecycle;
 use crate::root_key::{self, Next, Source};
 use crate::root_rotation::{self, Wanted};
+use crate::{failpoint, lifecycle};
 
 /// A root id as SQL shows it.
 pub fn root_id(text: &str) -> Result<RootId> {
@@ -52,7 +52,9 @@ fn init_root_key(fcinfo: FunctionCallInfo) -> Reply {
         }
         let id = root_key::adopt(wanted)?;
         let check = root_key::with_any(&[id], |_, key| key.check())?;
+        failpoint::reach("first.held")?;
         roots::insert(id, &check)?;
+        failpoint::reach("first.adopted")?;
         let detail = id.to_string();
         Audit::act("init_root_key", None, &detail).record()?;
         if let Source::File(path) = root_key::source()? {

@@ -57,8 +57,10 @@ impl<'a> Audit<'a> {
         Audit::record_all(std::slice::from_ref(self))
     }
 
-    /// Writes an audit row and a log line for each of several acts.
+    /// Writes an audit row and a log line for each of several acts. No crash undoes what the log and
+    /// the caller have been told: a root key may be deleted elsewhere once it is retired here.
     pub fn record_all(acts: &[Audit<'a>]) -> Result<()> {
+        session::commit_durably();
         let actor = actor();
         let texts = |of: fn(&Audit<'a>) -> &'a str| acts.iter().map(of).collect::<Vec<_>>();
         let slot = |act: &Audit<'_>| act.slot.map_or(0, SlotId::as_i64);

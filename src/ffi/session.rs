@@ -332,6 +332,13 @@ pub fn refuse_read_only(function: &CStr) {
     unsafe { pg_sys::PreventCommandIfReadOnly(function.as_ptr()) }
 }
 
+/// The commit of the running transaction is on disk when it returns, whatever synchronous_commit
+/// says: for what somebody relies on outside the database.
+pub fn commit_durably() {
+    // SAFETY: sets a flag, which the start of the next transaction clears.
+    unsafe { pg_sys::ForceSyncCommit() }
+}
+
 /// The commit of the running transaction need not be on disk when it returns: for what is done
 /// again if a crash undoes it. WAL is flushed in its order, so that whatever is committed later and
 /// survives has all of this behind it.
@@ -390,7 +397,7 @@ pub fn sleep_ms(milliseconds: i64) {
 /// Whether the session has set up a replication origin, as whoever applies changes does.
 pub fn has_origin() -> bool {
     // SAFETY: a static of this process.
-    unsafe { pg_sys::replorigin_session_origin != pg_sys::InvalidRepOriginId as u16 }
+    unsafe { u32::from(pg_sys::replorigin_session_origin) != pg_sys::InvalidRepOriginId }
 }
 
 /// The operating-system user that the server runs as.

@@ -5,7 +5,7 @@
 //! extension adds keys to a keyring and never takes one out.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -208,8 +208,9 @@ fn failpoint(name: &str) -> std::io::Result<()> {
     crate::failpoint::reach(name).map_err(|_| std::io::Error::other("failpoint"))
 }
 
-/// Removes what a rotation that was killed has left behind: it holds keys. To be called under the
-/// lock, when no other draft of an existing keyring can be in the making.
+/// Removes what sessions that were killed have left behind: it holds keys. To be called under the
+/// lock, when no draft that a rotation will need can be in the making; one of a first keyring is
+/// not needed any more.
 fn remove_drafts(path: &Path) {
     let folder = path.parent().unwrap_or(Path::new("/"));
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -303,13 +304,22 @@ fn create(path: &Path) -> Result<()> {
             .open(&draft)?;
         file.write_all(json.as_bytes())?;
         file.sync_all()?;
+        failpoint("first.drafted")?;
         // A link fails where a rename would replace: two sessions cannot both make the first.
         std::fs::hard_link(&draft, path)?;
+        failpoint("first.linked")?;
         File::open(folder)?.sync_all()
     })();
     let _ = std::fs::remove_file(&draft);
+    if written.is_ok()
+        && let Ok(_locked) = lock(path)
+    {
+        remove_drafts(path);
+    }
+    // There already: another session was faster, and may have taken our draft for a dead one's.
+    let lost = [ErrorKind::AlreadyExists, ErrorKind::NotFound];
     match written {
-        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && path.exists() => Ok(()),
+        Err(e) if lost.contains(&e.kind()) && path.exists() => Ok(()),
         Err(e) => Err(Error::RootKey(
             format!(
                 "The keyring file \"{}\" could not be written: {e}.",

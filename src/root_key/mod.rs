@@ -132,14 +132,21 @@ pub fn holds(id: RootId) -> bool {
     }
 }
 
-/// Looks whether the keyring file is one that is accepted, where it may lie. A command is not run.
-pub fn inspect() -> Result<()> {
+/// Looks whether the keyring file is one that is accepted, where it may lie, and returns what
+/// `in_file` does.
+pub fn inspect() -> Result<Option<Vec<RootId>>> {
+    if let Source::File(path) = source()? {
+        file::refuse_inside_the_cluster(&path)?;
+    }
+    in_file()
+}
+
+/// The ids of the root keys that the keyring file has now, which the next start will read: this
+/// process may still hold those of an earlier one. None for a command, which is not run for it.
+pub fn in_file() -> Result<Option<Vec<RootId>>> {
     match source()? {
-        Source::File(path) => {
-            file::refuse_inside_the_cluster(&path)?;
-            file::read(&path).map(|_| ())
-        }
-        Source::Command(_) => Ok(()),
+        Source::File(path) => Ok(Some(file::read(&path)?.ids().collect())),
+        Source::Command(_) => Ok(None),
     }
 }
 

@@ -2,11 +2,11 @@
 //!
 //! The launcher is started by the postmaster when recovery has ended. It is connected to no
 //! database, so that it never stands in the way of DROP DATABASE. It visits each database once at
-//! its start, and later only those that a committed change has posted on the board (ffi::shared) or
-//! whose time has come, by starting a worker there, at most rekey.max_workers at once. Otherwise it
-//! sleeps on its latch, without a timeout. A worker ends when nothing is left to do; one that fails
-//! is started again after a back-off. What a step fails with is logged by SQLSTATE: the text may
-//! quote values.
+//! its start and after a change of rekey.databases, else only those that a committed change has
+//! posted on the board (ffi::shared) or whose time has come, by starting a worker there, at most
+//! rekey.max_workers at once. Otherwise it sleeps on its latch, without a timeout. A worker ends
+//! when nothing is left to do; one that fails is started again after a back-off. What a step fails
+//! with is logged by SQLSTATE: the text may quote values.
 
 use std::time::Duration;
 
@@ -30,6 +30,7 @@ pub extern "C-unwind" fn pg_rekey_launcher_main(_arg: pg_sys::Datum) {
     let mut running: Vec<(u32, Started)> = Vec::new();
     let mut waiting = Vec::new();
     let mut was_on = true;
+    let mut allowed = guc::databases();
     loop {
         pgrx::check_for_interrupts!();
         running.retain(|(database, worker)| {
@@ -40,12 +41,14 @@ pub extern "C-unwind" fn pg_rekey_launcher_main(_arg: pg_sys::Datum) {
             !ended
         });
         let on = guc::worker();
-        if on && !was_on {
+        let were_allowed = std::mem::replace(&mut allowed, guc::databases());
+        // The wish of a database that was not on the list is forgotten.
+        if on && (!was_on || allowed != were_allowed) {
             shared::want_everything();
         }
         was_on = on;
         let sleep = if on {
-            launch(&mut running, &mut waiting)
+            launch(&mut running, &mut waiting, allowed.as_deref())
         } else {
             None
         };
@@ -58,8 +61,11 @@ const HOUR: i64 = 3_600_000_000;
 
 /// Starts what is wanted and allowed; says when to look again. `waiting` are the databases to visit
 /// for which the board had no room: the end of a worker makes some.
-fn launch(running: &mut Vec<(u32, Started)>, waiting: &mut Vec<u32>) -> Option<Duration> {
-    let allowed = guc::databases();
+fn launch(
+    running: &mut Vec<(u32, Started)>,
+    waiting: &mut Vec<u32>,
+    allowed: Option<&[String]>,
+) -> Option<Duration> {
     if shared::everything() {
         let Ok(all) = background::transaction(|| Ok(background::databases())) else {
             shared::want_everything();
@@ -67,7 +73,7 @@ fn launch(running: &mut Vec<(u32, Started)>, waiting: &mut Vec<u32>) -> Option<D
         };
         *waiting = all
             .into_iter()
-            .filter(|(_, name)| allowed.as_ref().is_none_or(|list| list.contains(name)))
+            .filter(|(_, name)| allowed.is_none_or(|list| list.contains(name)))
             .map(|(database, _)| database)
             .collect();
     }
@@ -82,7 +88,7 @@ fn launch(running: &mut Vec<(u32, Started)>, waiting: &mut Vec<u32>) -> Option<D
             // No back-off is longer than an hour: the clock was wrong when it was set.
             let resting = entry.failures > 0 && entry.due > now && entry.due - now <= HOUR;
             if !barred && !resting && running.len() < guc::max_workers() {
-                if !may_visit(entry.database, allowed.as_deref()) {
+                if !may_visit(entry.database, allowed) {
                     shared::forget(entry.database);
                     if !waiting.is_empty() {
                         soonest = Some(now);

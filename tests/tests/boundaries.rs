@@ -764,8 +764,8 @@ fn the_memory_of_a_proof_does_not_grow_with_the_toasted_values_that_it_looks_at(
     let before = cluster.log().len();
     drain_with(&database, "proof.scanned", |client| {
         client.run(
-            "SELECT pg_log_backend_memory_contexts(pid) FROM pg_stat_activity \
-              WHERE wait_event = 'advisory'",
+            "SELECT pg_log_backend_memory_contexts(pid) FROM pg_locks \
+              WHERE locktype = 'advisory' AND NOT granted",
         );
         wait_until("the log has the sum", || {
             cluster.log()[before..].contains("Grand total:")

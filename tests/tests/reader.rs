@@ -112,6 +112,16 @@ fn it_opens_every_kind_of_value_across_rotations_and_refuses_a_flipped_bit() {
     assert!(!output.status.success(), "a context that is not bound");
 }
 
+#[test]
+fn it_is_short_enough_to_be_read() {
+    let text = std::fs::read_to_string(project("examples/reader/open_envelope.py"));
+    let text = text.expect("the reader");
+    let code = text
+        .lines()
+        .filter(|line| !line.trim().is_empty() && !line.trim_start().starts_with('#'));
+    assert!(code.count() <= 30);
+}
+
 /// Judges the published vectors by the reader's functions.
 const JUDGE: &str = r#"
 import json, sys

@@ -8,7 +8,7 @@ use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use postgres::Client;
-use rekey_tests::{Ask, Cluster, Options, Refusal, wait_until};
+use rekey_tests::{Ask, BOUNDARIES, Cluster, GATE, Options, Refusal, wait_until};
 
 const WRONG: &str = "SELECT count(*) FROM t WHERE decrypt_col(c) IS DISTINCT FROM shadow";
 const ACTIVE_ROOT: &str = "SELECT root_id FROM rekey.root_keys WHERE state = 'active'";
@@ -211,6 +211,56 @@ fn a_standby_promoted_in_the_middle_of_re_encryption_goes_on_at_its_cursor() {
     assert!(!is_drained(&mut client));
     assert!(client.number(CURSOR) >= at);
     goes_on(&standby);
+}
+
+/// Promotes a standby while the primary's worker stands at each of these boundaries, one after the
+/// other; the primary goes on as well.
+fn promoted_at(boundaries: &[&str]) {
+    let cluster = primary();
+    let mut client = cluster.database("app").connect();
+    fill(&mut client, 200);
+    client.run("SELECT rekey.set_policy('pii', after_drain => 'destroy')");
+    set(&cluster, &mut client, "rekey.standby_query_delay = 0");
+    let mut gate = cluster.connect("app");
+    let open = "SELECT count(*) FROM rekey.slots WHERE state <> 'destroyed'";
+    for boundary in boundaries {
+        let heir = standby(&cluster, "heir", false);
+        gate.run(&format!("SELECT pg_advisory_lock({GATE})"));
+        cluster.arm(boundary, "wait");
+        client.run("SELECT rotate_key('pii')");
+        let waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+        wait_until(boundary, || client.number(waits) == 1);
+        // What the worker has not committed is in the WAL as well: a commit flushes it.
+        client.run("SELECT pg_logical_emit_message(true, '', '')");
+        let lsn = client.text("SELECT pg_current_wal_flush_lsn()");
+        let mut there = heir.connect("app");
+        wait_until("the standby has replayed", || {
+            there.truth(&format!("SELECT pg_last_wal_replay_lsn() >= '{lsn}'"))
+        });
+        assert_eq!(there.number(open), 2, "{boundary}: it has come to its end");
+        let mut promoted = promote(&heir);
+        for round in ["what was left", "its own rotation"] {
+            assert_eq!(promoted.number(WRONG), 0, "{boundary}");
+            wait_until(&format!("{round} is drained after {boundary}"), || {
+                promoted.number(open) == 1
+            });
+            assert_eq!(promoted.number(WRONG), 0, "{boundary}: {round}");
+            promoted.run("SELECT rotate_key('pii')");
+        }
+        assert_eq!(promoted.number("SELECT count(*) FROM t"), 200);
+        gate.run(&format!("SELECT pg_advisory_unlock({GATE})"));
+        wait_until("the old primary goes on", || client.number(open) == 1);
+        assert_eq!(client.number(WRONG), 0, "{boundary}");
+    }
+}
+
+#[test]
+fn a_standby_promoted_at_each_boundary_of_the_worker_goes_on() {
+    let (first, second) = BOUNDARIES.split_at(BOUNDARIES.len() / 2);
+    std::thread::scope(|scope| {
+        scope.spawn(|| promoted_at(first));
+        scope.spawn(|| promoted_at(second));
+    });
 }
 
 #[test]
@@ -441,6 +491,62 @@ fn a_promotion_does_not_wait_for_a_consumer_of_logical_decoding() {
     target.run("ALTER SUBSCRIPTION late DISABLE");
     target.run("ALTER SUBSCRIPTION late SET (slot_name = NONE)");
     target.run("DROP SUBSCRIPTION late");
+}
+
+#[test]
+fn a_slot_that_was_prepared_under_asynchronous_commits_is_waited_for_as_well() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("autovacuum = off")
+            .set("rekey.worker = off")
+            .set("synchronous_commit = off")
+            .set("wal_writer_delay = '10s'"),
+    );
+    let mut client = cluster.database("app").connect();
+    fill(&mut client, 10);
+    let standby = standby(&cluster, "far", false);
+    let mut laggard = standby.connect("app");
+    pause_replay(&mut laggard);
+    client.run("SELECT rekey.prepare_key('pii')");
+    let promote = "SELECT rekey.promote_key('pii', wait_for_standbys => true, \
+                                             wait_timeout => '300 ms')";
+    client.refuse(promote, "55000").names("far");
+    laggard.run("SELECT pg_wal_replay_resume()");
+    client.run(&promote.replace("300 ms", "60 s"));
+}
+
+#[test]
+fn a_query_on_a_standby_of_a_standby_keeps_its_slot_by_the_feedback_of_both() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("autovacuum = off")
+            .set("rekey.work_ratio = 1")
+            .set("full_page_writes = on"), // for a backup of a standby
+    );
+    let mut client = cluster.database("app").connect();
+    fill(&mut client, 50);
+    let near = standby(&cluster, "near", true);
+    let far = near.standby();
+    let mut between = near.connect("app");
+    let feedback = "SELECT count(*) FROM pg_stat_replication WHERE backend_xmin IS NOT NULL";
+    wait_until("it sends feedback", || between.number(feedback) == 1);
+    let mut reader = far.connect("app");
+    replayed(&mut client, &mut reader);
+    let first = slot(&mut client, 1);
+    reader.run("BEGIN ISOLATION LEVEL REPEATABLE READ");
+    assert_eq!(reader.number(&format!("{WRONG} AND id < 10")), 0);
+    client.run("SELECT rotate_key('pii')");
+    wait_until("the rotation is drained", || is_drained(&mut client));
+    replayed(&mut client, &mut reader);
+    refused(&mut client, first, "standby near");
+    let stale = format!("SELECT count(*) FROM t WHERE rekey.slot_id(c) = {first}");
+    assert_eq!(reader.number(&stale), 50, "it sees what was");
+    assert_eq!(reader.number(WRONG), 0, "and opens it");
+    reader.run("COMMIT");
+    destroy(&mut client, first);
+    replayed(&mut client, &mut reader);
+    assert_eq!(reader.number(&stale), 0);
+    assert_eq!(reader.number(WRONG), 0);
 }
 
 #[test]

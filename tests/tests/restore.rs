@@ -193,26 +193,30 @@ fn restores_to_each_step_of_a_root_rotation_open_under_the_keyring_of_today() {
     let mut client = database.connect();
     fill(&mut client, 300);
     let old = client.text(ACTIVE_ROOT);
+    let ahead = cluster.base_backup("ahead");
     cluster.restore_point(&mut client, "before");
     let mut rotating = database.connect();
     rotating.run("BEGIN");
     let new = rotating.text("SELECT rekey.rotate_root_key()");
     // The file has the new root key, the catalog does not know it yet.
-    let backup = cluster.base_backup("backup");
+    let amid = cluster.base_backup("amid");
     cluster.restore_point(&mut client, "uncommitted");
     rotating.run("COMMIT");
     client.run("SELECT rotate_key('pii')");
+    client.run("INSERT INTO t (c, shadow) VALUES (encrypt_col('late', 'pii'), 'late')");
+    let between = cluster.base_backup("between");
     cluster.restore_point(&mut client, "rotated");
     client.run(&format!("SELECT rekey.retire_root_key('{old}')"));
     client.run("SELECT rotate_key('pii')");
     cluster.restore_point(&mut client, "retired");
 
-    for (point, active, enough) in [
-        ("uncommitted", &old, vec![&old]),
-        ("rotated", &new, vec![&old, &new]),
-        ("retired", &new, vec![&new]),
-    ] {
-        let restored = cluster.restore(&backup, point);
+    let check = |backup: &Path, point: &str| {
+        let (active, enough) = match point {
+            "before" | "uncommitted" => (&old, vec![&old]),
+            "rotated" => (&new, vec![&old, &new]),
+            _ => (&new, vec![&new]),
+        };
+        let restored = cluster.restore(backup, point);
         assert_eq!(&restored.connect("app").text(ACTIVE_ROOT), active);
         let both = keyring(&restored);
         for id in enough {
@@ -224,14 +228,29 @@ fn restores_to_each_step_of_a_root_rotation_open_under_the_keyring_of_today() {
         let mut client = restored.connect("app");
         // Before the commit the key that the file has already is taken up.
         let next = client.text("SELECT rekey.rotate_root_key()");
-        assert_eq!(next == new, point == "uncommitted");
+        assert_eq!(next == new, active == &old, "{point}");
         for id in ids(&both).iter().filter(|id| **id != next) {
             // "retired" has retired one of them already.
             let _ = client.attempt(&format!("SELECT rekey.retire_root_key('{id}')"));
         }
         hold_only(&restored, &next);
         goes_on(&mut restored.connect("app"));
-    }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for point in ["before", "uncommitted", "rotated", "retired"] {
+                check(&ahead, point);
+            }
+        });
+        scope.spawn(|| {
+            for point in ["uncommitted", "rotated", "retired"] {
+                check(&amid, point);
+            }
+            for point in ["rotated", "retired"] {
+                check(&between, point);
+            }
+        });
+    });
     assert_eq!(client.number(WRONG), 0);
 }
 

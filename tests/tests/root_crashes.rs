@@ -1,5 +1,6 @@
-//! Crashes at each step of a rotation of the root key and of a retirement: kill -9 of the session
-//! and of the postmaster. Whatever is cut off, everything opens, and the command is repeated.
+//! Crashes at each step of the life of a root key (the first one, a rotation, a retirement, a report
+//! that it has leaked): kill -9 of the session and of the postmaster. Whatever is cut off,
+//! everything opens, and the command is repeated.
 //!
 //! Failpoints of debug builds (src/failpoint.rs) mark the steps. tests/tests/root_rotation.rs shows
 //! what they do when nobody interrupts them.
@@ -27,6 +28,17 @@ const OF_A_ROTATION: [&str; 5] = [
 ];
 /// The steps of retire_root_key: the wrapped keys are gone, the state is set.
 const OF_A_RETIREMENT: [&str; 2] = ["root.unwrapped", "root.retired"];
+/// The steps of mark_compromised_root: the root key's state is set, all its slots are marked and the
+/// active ones rotated.
+const OF_A_REPORT: [&str; 2] = ["root.compromised", "root.marked"];
+/// The steps of init_root_key: the first keyring is written, in its place, held by the session, the
+/// catalog has the root key.
+const OF_THE_FIRST: [&str; 4] = [
+    "first.drafted",
+    "first.linked",
+    "first.held",
+    "first.adopted",
+];
 
 /// Previous, active and pending slots of two keys, and a row under each that has any.
 fn start() -> Cluster {
@@ -154,6 +166,56 @@ fn a_retirement_survives(kill: Kill) {
     is_whole(&cluster, &active, "1", "after the commit");
 }
 
+fn a_report_survives(kill: Kill) {
+    let cluster = start();
+    let mut client = cluster.connect("app");
+    let old = client.text(ACTIVE);
+    let new = client.text(ROTATE);
+    let report = format!("SELECT rekey.mark_compromised_root('{old}', 'a backup was stolen')");
+    let slots = "SELECT slot_id, state, compromised_at FROM rekey.key_slot ORDER BY 1";
+    let before = client.rows(slots);
+    for step in OF_A_REPORT {
+        kill(&cluster, &report, step);
+        is_whole(&cluster, &new, "2", step);
+        let mut client = cluster.connect("app");
+        assert_eq!(client.rows(slots), before, "{step}: half of it is there");
+        let state = format!("SELECT state FROM rekey.root_keys WHERE root_id = '{old}'");
+        assert_eq!(client.text(&state), "previous", "{step}");
+    }
+    assert_eq!(cluster.connect("app").number(&report), 4);
+    cluster.kill();
+    cluster.boot();
+    let mut client = again(&cluster);
+    assert_eq!(client.number(WRONG), 0);
+    let sealing = "SELECT count(*) FROM rekey.slots WHERE state = 'active' \
+                     AND compromised_at IS NULL";
+    assert_eq!(client.number(sealing), 2, "what was committed stays");
+}
+
+fn the_first_root_key_survives(kill: Kill) {
+    for step in OF_THE_FIRST {
+        let cluster = Cluster::start(Options::preloaded());
+        let database = cluster.empty_database("app", "");
+        database.connect().run("CREATE EXTENSION pg_rekey");
+        kill(&cluster, "SELECT rekey.init_root_key()", step);
+        let mut client = again(&cluster);
+        assert_eq!(client.number("SELECT count(*) FROM rekey.root_keys"), 0);
+        assert!(!client.truth("SELECT rekey.ready()"), "{step}");
+        let made = cluster.root_key_file().exists();
+        assert_eq!(made, step != "first.drafted", "{step}");
+        // Repeated: it adopts the keyring that is there already.
+        let left = made.then(|| ids(&cluster));
+        let id = client.text("SELECT rekey.init_root_key()");
+        assert_eq!(ids(&cluster), left.unwrap_or(vec![id.clone()]), "{step}");
+        client.run("SELECT rekey.create_key('pii'); CREATE TABLE t (c bytea, shadow text)");
+        client.run("INSERT INTO t VALUES (encrypt_col('one', 'pii'), 'one')");
+        is_whole(&cluster, &id, "1", step);
+        if step == "first.drafted" {
+            assert_eq!(files(&cluster), 1, "a draft with a root key is left");
+        }
+    }
+}
+
 #[test]
 fn a_rotation_survives_kill_9_of_its_session_at_every_step() {
     a_rotation_survives(kill_session);
@@ -172,6 +234,62 @@ fn a_retirement_survives_kill_9_of_its_session_at_every_step() {
 #[test]
 fn a_retirement_survives_kill_9_of_the_postmaster_at_every_step() {
     a_retirement_survives(kill_postmaster);
+}
+
+#[test]
+fn a_report_of_a_leak_survives_kill_9_of_its_session_at_every_step() {
+    a_report_survives(kill_session);
+}
+
+#[test]
+fn a_report_of_a_leak_survives_kill_9_of_the_postmaster_at_every_step() {
+    a_report_survives(kill_postmaster);
+}
+
+#[test]
+fn the_first_root_key_survives_kill_9_of_its_session_at_every_step() {
+    the_first_root_key_survives(kill_session);
+}
+
+#[test]
+fn the_first_root_key_survives_kill_9_of_the_postmaster_at_every_step() {
+    the_first_root_key_survives(kill_postmaster);
+}
+
+#[test]
+fn what_was_reported_done_outlives_a_crash_under_asynchronous_commits_as_well() {
+    let cluster = Cluster::start(
+        Options::preloaded()
+            .set("synchronous_commit = off")
+            .set("wal_writer_delay = '10s'")
+            .set("rekey.worker = off"),
+    );
+    let mut client = cluster.database("app").connect();
+    client.run("SELECT rekey.create_key('pii'); CREATE TABLE t (c bytea, shadow text)");
+    client.run("INSERT INTO t VALUES (encrypt_col('one', 'pii'), 'one')");
+    let old = client.text(ACTIVE);
+    let new = client.text(ROTATE);
+    for (act, proof) in [
+        (
+            format!("SELECT rekey.retire_root_key('{old}')"),
+            format!("SELECT state = 'retired' FROM rekey.root_keys WHERE root_id = '{old}'"),
+        ),
+        (
+            "SELECT rotate_key('pii')".to_owned(),
+            "SELECT count(*) = 2 FROM rekey.slots".to_owned(),
+        ),
+        (
+            "SELECT rekey.shred_key('pii', 'test')".to_owned(),
+            "SELECT bool_and(state = 'destroyed') FROM rekey.slots".to_owned(),
+        ),
+    ] {
+        cluster.connect("app").run(&act);
+        cluster.kill();
+        cluster.boot();
+        let mut client = cluster.connect("app");
+        assert!(client.truth(&proof), "undone: {act}");
+        assert_eq!(client.text(ACTIVE), new);
+    }
 }
 
 #[test]

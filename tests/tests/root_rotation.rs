@@ -185,6 +185,17 @@ fn retirement_is_refused_while_it_would_lose_something() {
     opens(&mut client);
     cluster.write_file(&cluster.root_key_file(), both.as_bytes(), 0o600);
     cluster.reload(&mut client);
+    // The same for a session that still holds it: the next start would not.
+    for content in [&only(&both, &[&old]), ""] {
+        assert!(client.truth("SELECT rekey.ready()"));
+        cluster.write_file(&cluster.root_key_file(), content.as_bytes(), 0o600);
+        client.refuse(&retire(&old), "55000");
+        assert!(
+            client.truth("SELECT rekey.ready()"),
+            "it takes nothing away"
+        );
+        cluster.write_file(&cluster.root_key_file(), both.as_bytes(), 0o600);
+    }
     // A wrapped key under the new root key that is damaged: the old one is the last.
     client.run(
         "BEGIN; SET LOCAL session_replication_role = replica;
@@ -523,9 +534,20 @@ fn a_damaged_keyring_is_named_at_start_and_by_check_and_costs_nothing() {
     let one = only(&right, &[&first]);
     let entry = &one[one.find('[').expect("a list") + 1..one.rfind(']').expect("its end")];
     let duplicated = one.replace(entry, &format!("{entry},{entry}"));
+    // The labels of two entries exchanged: each key is there, under the other one's id.
+    let swapped = right
+        .replace(&first, "FIRST")
+        .replace(&second, &first)
+        .replace("FIRST", &second);
+    let all = "SELECT * FROM rekey.slot_wrap ORDER BY slot_id, root_id";
+    let written = "SELECT (SELECT count(*) FROM rekey.key_slot), \
+                          (SELECT count(*) FROM rekey.root_key), \
+                          (SELECT count(*) FROM rekey.audit_log)";
+    let before = (client.rows(all), client.rows(written));
     for (content, mode, what) in [
         (keyring(&other), 0o600, second.as_str()),
         (relabelled, 0o600, "entry 1"),
+        (swapped, 0o600, "entry 1"),
         (duplicated, 0o600, "twice"),
         (right[..right.len() / 2].to_owned(), 0o600, "line 1"),
         (String::new(), 0o600, "line 1"),
@@ -565,6 +587,8 @@ fn a_damaged_keyring_is_named_at_start_and_by_check_and_costs_nothing() {
             content,
             "{what}: rewritten"
         );
+        let now = (client.rows(all), client.rows(written));
+        assert_eq!(now, before, "{what}: something was written");
         cluster.write_file(&file, right.as_bytes(), 0o600);
         cluster.reload(&mut client);
         opens(&mut client);
@@ -622,6 +646,64 @@ fn a_compromised_root_key_takes_its_slots_along() {
     );
     client.run(&format!("SELECT rekey.retire_root_key('{old}')"));
     opens(&mut cluster.connect("app"));
+}
+
+#[test]
+fn a_compromised_root_key_marks_slots_of_every_state_and_none_that_it_never_wrapped() {
+    let cluster = start();
+    let mut client = cluster.database("app").connect();
+    // One slot of each state, and one that was destroyed before the leaked root key was there.
+    client.run(
+        "SELECT rekey.create_key('pii', grace => '0');
+         CREATE TABLE t AS SELECT encrypt_col('one', 'pii') AS c",
+    );
+    let active = "SELECT active_slot FROM rekey.keys";
+    let before = client.text(active);
+    client.run("SELECT rotate_key('pii')");
+    client.run(&format!("SELECT rekey.destroy_slot({before}, true)"));
+    let first = client.text(ACTIVE);
+    let leaked = client.text(ROTATE);
+    client.run(&format!("SELECT rekey.retire_root_key('{first}')"));
+    for act in ["destroy_slot", "disable_slot", ""] {
+        let slot = client.text(active);
+        client.run("SELECT rotate_key('pii')");
+        if !act.is_empty() {
+            client.run(&format!("SELECT rekey.{act}({slot}, true)"));
+        }
+    }
+    client.run("DELETE FROM t; INSERT INTO t VALUES (encrypt_col('one', 'pii'))");
+    client.run("SELECT rekey.register_column('t', 'c')");
+    wait_until("one is drained", || {
+        client.number("SELECT count(*) FROM rekey.slots WHERE state = 'drained'") >= 1
+    });
+    client
+        .run("SELECT rekey.pause('t'); SELECT rotate_key('pii'); SELECT rekey.prepare_key('pii')");
+    let wrapped = client.column(&format!(
+        "SELECT slot_id::text FROM rekey.slots WHERE slot_id <> {before} ORDER BY 1"
+    ));
+    assert_eq!(
+        client.column("SELECT DISTINCT state FROM rekey.slots ORDER BY 1"),
+        [
+            "active",
+            "destroyed",
+            "disabled",
+            "drained",
+            "pending",
+            "previous"
+        ]
+    );
+    let new = client.text(ROTATE);
+    client.run(&format!("SELECT rekey.retire_root_key('{leaked}')"));
+    let later = client.text("SELECT rekey.create_key('later')");
+    let mark = format!("SELECT rekey.mark_compromised_root('{leaked}', 'found')");
+    let count = i64::try_from(wrapped.len()).expect("a small number");
+    assert_eq!(client.number(&mark), count);
+    let marked =
+        "SELECT slot_id::text FROM rekey.slots WHERE compromised_at IS NOT NULL ORDER BY 1";
+    assert_eq!(client.column(marked), wrapped);
+    assert!(!wrapped.contains(&later) && !wrapped.contains(&before));
+    assert_eq!(client.text(ACTIVE), new);
+    assert_eq!(client.text("SELECT decrypt_col(c) FROM t"), "one");
 }
 
 #[test]
@@ -798,6 +880,7 @@ fn slots_by_the_thousand_are_wrapped_in_batches() {
     let old = client.text(ACTIVE);
     client.text(ROTATE);
     let rotated = begin.elapsed();
+    assert!(rotated.as_secs() < 30, "{rotated:?} are no seconds");
     assert_eq!(client.number(LEFT_OUT), 0);
     let begin = std::time::Instant::now();
     client.run(&format!("SELECT rekey.retire_root_key('{old}')"));

@@ -123,6 +123,40 @@ fn a_subscriber_gets_ciphertext_and_opens_it_once_it_has_the_key() {
     source.refuse(&open, "55000").names("destroyed");
 }
 
+/// The entries of two keyring files in one.
+fn both(one: &Cluster, other: &Cluster) -> String {
+    let [first, second] = [one, other].map(|cluster| {
+        let text = std::fs::read_to_string(cluster.root_key_file()).expect("a keyring");
+        let begin = text.find('[').expect("a list") + 1;
+        text[begin..text.rfind(']').expect("its end")].to_owned()
+    });
+    format!("{{\"version\":1,\"keys\":[{first},{second}]}}")
+}
+
+#[test]
+fn a_subscriber_that_holds_the_publishers_root_key_needs_no_transport_key() {
+    let (publisher, cluster) = (publisher(), subscriber());
+    let mut source = publisher.database("app").connect();
+    fill(&mut source);
+    source.run("CREATE PUBLICATION p FOR TABLE t");
+    let mut client = cluster.database("app").connect();
+    client.run(TABLE);
+    subscribe(&mut client, &publisher);
+    applied(&mut source, &mut client);
+    let document = source.text("SELECT rekey.export_key('pii')");
+    let import = format!("SELECT rekey.import_key($${document}$$)");
+    let root = source.text("SELECT root_id FROM rekey.root_keys");
+    client.refuse(&import, "F0000").names(&root);
+    let keyring = both(&cluster, &publisher);
+    cluster.write_file(&cluster.root_key_file(), keyring.as_bytes(), 0o600);
+    assert_eq!(client.number(&import), 1);
+    assert_eq!(client.number(WRONG), 0);
+    // Wrapped under the root key here, the slot opens without the publisher's.
+    let own = client.text("SELECT root_id FROM rekey.root_keys");
+    let under = "SELECT DISTINCT encode(root_id, 'hex') FROM rekey.slot_wrap";
+    assert_eq!(client.column(under), [own]);
+}
+
 #[test]
 fn stale_envelopes_that_are_applied_beside_the_subscribers_own_proof_are_found() {
     let (publisher, cluster) = (publisher(), subscriber());

@@ -10,6 +10,9 @@ use postgres::Client;
 use rekey_tests::{Ask, Cluster, Database, Options, Tree};
 
 const ROWS: i64 = 200;
+/// What check() says about the catalog as a whole.
+const CATALOG: &str =
+    "SELECT severity || ' ' || object FROM rekey.check() WHERE object = 'catalog'";
 
 /// A server of a tree's own and the version that it installs.
 fn server(tree: &Tree, options: Options) -> (Cluster, String) {
@@ -230,10 +233,14 @@ fn an_old_library_refuses_a_newer_catalog_in_warm_sessions_too() {
                 .hints("Install the newer library and restart the server");
         }
         client_is_refused_direct_changes(client);
+        // One finding, and not one for each probe that does not know the catalog.
+        assert_eq!(client.column(CATALOG), ["error catalog"]);
+        assert_eq!(client.number("SELECT count(*) FROM rekey.check()"), 1);
     }
     admin.run(&format!("ALTER EXTENSION pg_rekey UPDATE TO '{version}'"));
     for client in [&mut warm, &mut fresh] {
         assert_eq!(opened(client), ROWS, "the version fits again");
+        assert_eq!(client.column(CATALOG), [""; 0]);
         client.run("SELECT rotate_key('pii')");
     }
 }

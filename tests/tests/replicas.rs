@@ -494,28 +494,6 @@ fn a_promotion_does_not_wait_for_a_consumer_of_logical_decoding() {
 }
 
 #[test]
-fn a_slot_that_was_prepared_under_asynchronous_commits_is_waited_for_as_well() {
-    let cluster = Cluster::start(
-        Options::preloaded()
-            .set("autovacuum = off")
-            .set("rekey.worker = off")
-            .set("synchronous_commit = off")
-            .set("wal_writer_delay = '10s'"),
-    );
-    let mut client = cluster.database("app").connect();
-    fill(&mut client, 10);
-    let standby = standby(&cluster, "far", false);
-    let mut laggard = standby.connect("app");
-    pause_replay(&mut laggard);
-    client.run("SELECT rekey.prepare_key('pii')");
-    let promote = "SELECT rekey.promote_key('pii', wait_for_standbys => true, \
-                                             wait_timeout => '300 ms')";
-    client.refuse(promote, "55000").names("far");
-    laggard.run("SELECT pg_wal_replay_resume()");
-    client.run(&promote.replace("300 ms", "60 s"));
-}
-
-#[test]
 fn a_query_on_a_standby_of_a_standby_keeps_its_slot_by_the_feedback_of_both() {
     let cluster = Cluster::start(
         Options::preloaded()

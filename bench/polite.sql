@@ -14,11 +14,10 @@ CREATE UNLOGGED TABLE polite.wait (
     pid int, began timestamptz, blocked_by text, ms numeric, PRIMARY KEY (pid, began, blocked_by)
 );
 
--- Every so many ms, until so many seconds have passed or, unless `idle`, no slot awaits its drain any
--- more: who waits for a lock of whose, and for how long already. A transaction for each look: one snapshot
+-- Every so many ms, until so many seconds have passed or no slot awaits its drain any more: who
+-- waits for a lock of whose, and for how long already. A transaction for each look: one snapshot
 -- for all of them would hold back what is measured.
-CREATE PROCEDURE polite.sample(seconds numeric, every numeric, idle boolean DEFAULT false)
-LANGUAGE plpgsql AS $$
+CREATE PROCEDURE polite.sample(seconds numeric, every numeric) LANGUAGE plpgsql AS $$
 DECLARE
     until timestamptz := clock_timestamp() + seconds * interval '1 s';
 BEGIN
@@ -32,7 +31,7 @@ BEGIN
          GROUP BY 1, 2, 3
             ON CONFLICT (pid, began, blocked_by) DO UPDATE SET ms = excluded.ms;
         COMMIT;
-        EXIT WHEN NOT idle AND NOT EXISTS (SELECT FROM rekey.slots WHERE state = 'previous');
+        EXIT WHEN NOT EXISTS (SELECT FROM rekey.slots WHERE state = 'previous');
         PERFORM pg_sleep(every / 1000);
     END LOOP;
 END

@@ -28,6 +28,11 @@ sql "CHECKPOINT"
 
 calc() { awk "BEGIN { printf \"$1\", $2 }"; }
 previous() { sql "SELECT count(*) FROM rekey.slots WHERE state = 'previous'"; }
+# An update of all rows brings autovacuum: how often it has looked after the table.
+cared() {
+    sql "SELECT autovacuum_count + autoanalyze_count FROM pg_stat_user_tables
+          WHERE relname = 'account'"
+}
 passing() { sql "SELECT count(*) FROM rekey.progress WHERE phase = 'pass' AND percent < 100"; }
 drained() {
     until [ "$(previous)" -eq 0 ]; do sleep 0.1; done
@@ -52,9 +57,12 @@ load() { # NAME SECONDS
         2>&1 || { cat "$SCRATCH/$1.out" >&2; die "pgbench failed"; }
 }
 # percentile NAME SHARE [UNTIL]: of the latencies in ms, from the moment that each transaction was
-# due, of transactions that ended before UNTIL, in seconds of the epoch.
+# due, of transactions that ended before UNTIL, in seconds of the epoch, and not in the first two
+# seconds, in which the clients connect and read the catalog.
 percentile() {
-    cat "$SCRATCH/$1".[0-9]* | awk -v until="${3:-9e9}" '$5 + $6 / 1e6 <= until { print $3 }' |
+    cat "$SCRATCH/$1".[0-9]* | awk '{ printf "%.6f %d\n", $5 + $6 / 1e6, $3 }' |
+        sort -n |
+        awk -v until="${3:-9e9}" 'NR == 1 { from = $1 + 2 } $1 > from && $1 <= until { print $2 }' |
         sort -n | awk -v share="$2" '{ v[NR] = $1 } END {
             i = int(NR * share + 0.999999); if (i < 1) i = 1
             printf "%.2f", v[i] / 1000 }'
@@ -80,15 +88,11 @@ say "   50 million rows: $(calc %.2f "5e7 / $per_second / 3600") hours," \
 
 say "2. Latency in ms without and with the worker, $rounds rounds of $seconds s each"
 for round in $(seq "$rounds"); do
-    # Whoever looks costs something: here too.
-    sql "CALL polite.sample($seconds, 50, idle => true)" &
     load "without$round" "$seconds"
-    wait $!
     sql "CHECKPOINT" >/dev/null
+    cared=$(cared)
     sql "SELECT rotate_key('pii')" >/dev/null
-    sql "CALL polite.sample($seconds, 50)" &
     load "with$round" "$seconds"
-    wait $!
     # Of a small table the drain ends before the load does.
     until=$(sql "SELECT coalesce(max(extract(epoch FROM drained_at)), 0) FROM rekey.slots
                   WHERE version = (SELECT max(version) - 1 FROM rekey.slots)")
@@ -96,17 +100,17 @@ for round in $(seq "$rounds"); do
     a=$(percentile "without$round" 0.99)
     b=$(percentile "with$round" 0.99 "$until")
     calc '%.3f\n' "$b / $a" >>"$SCRATCH/ratios"
+    percentile "with$round" 1 "$until" >>"$SCRATCH/longest"
+    echo >>"$SCRATCH/longest"
     say "   p99 $a and $b, longest $(percentile "without$round" 1) and" \
-        "$(percentile "with$round" 1 "$until")"
+        "$(percentile "with$round" 1 "$until"); $(($(cared) - cared)) autovacuums and -analyzes"
     finish
 done
 ratio=$(sort -g "$SCRATCH/ratios" | sed -n "$(((rounds + 1) / 2))p")
-ours="FROM polite.wait WHERE blocked_by = 'pg_rekey worker'"
-waits=$(sql "SELECT count(*) $ours")
-longest=$(sql "SELECT coalesce(round(max(ms)), 0) $ours")
+longest=$(sort -g "$SCRATCH/longest" | tail -1)
 
 say "3. ALTER TABLE in the middle"
-sql "TRUNCATE polite.wait; SELECT rotate_key('pii')" >/dev/null
+sql "SELECT rotate_key('pii')" >/dev/null
 sql "CALL polite.sample(86400, 10)" &
 while [ "$(previous)" -ne 0 ]; do
     phase=proof pause=0.01
@@ -137,13 +141,15 @@ missed=0
 # compare NAME VALUE OP TARGET
 compare() {
     local verdict=ok
+    [[ $2 =~ ^[0-9.]+$ ]] || die "$1: nothing was measured"
     awk -v a="$2" -v b="$4" "BEGIN { exit !(a $3 b) }" || { verdict=SHORT missed=1; }
     printf '%-66s %8s  wanted %s %-5s %s\n' "$1" "$2" "$3" "$4" "$verdict"
 }
 say "load of the machine $(cut -d' ' -f1 /proc/loadavg)"
 compare "p99 with the worker, times that without (median of $rounds)" "$ratio" "<=" 1.25
-compare "longest of $waits waits for the worker's locks, looked at every 50 ms (ms)" \
-    "$longest" "<=" 500
+# Whoever waits for the worker waits within it: no look at the locks, which would cost more than the
+# worker does, is needed.
+compare "longest transaction with the worker (ms)" "$longest" "<=" 500
 # Two batches, and what a busy machine adds.
 compare "longest ALTER TABLE (ms)" "$worst" "<=" 300
 if [ "$missed" -ne 0 ]; then

@@ -1,0 +1,1 @@
+-- pg_rekey--0.1.0--0.1.1.sql: what 0.1.1 changes in the catalog of 0.1.0. Nothing yet.

@@ -36,6 +36,8 @@ sources=$(source_stamp "$@")
 
 say "building pg_rekey ($kind) into $REKEY_WORK/pg$REKEY_PG-$kind"
 rm -f "$stamp_file"
+# An earlier version's install script would still be offered, and packed.
+rm -f "$("$pg_config" --sharedir)"/extension/pg_rekey--*.sql
 log=$REKEY_WORK/build-$REKEY_PG-$kind.log
 # cargo's progress goes to the terminal; what cargo pgrx tells besides is kept for failures.
 if ! cargo pgrx install "${profile[@]}" "$@" -c "$pg_config" >"$log" 8>&-; then

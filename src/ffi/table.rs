@@ -63,19 +63,24 @@ pub struct Table {
 }
 
 impl Table {
-    /// Opens a table for rewriting rows, if nobody holds or awaits a stronger lock. The lock stays
-    /// until the transaction ends. None: gone, or locked.
+    /// Opens a table for rewriting rows, if nobody holds or awaits a stronger lock. The lock goes
+    /// when it is dropped, unless `keep_lock`. None: gone, or locked.
     pub fn open_for_update(oid: pg_sys::Oid) -> Option<Table> {
-        Self::open(oid, pg_sys::RowExclusiveLock as i32, true)
+        Self::open(oid, pg_sys::RowExclusiveLock as i32)
+    }
+
+    /// The lock stays until the transaction ends.
+    pub fn keep_lock(&mut self) {
+        self.keep_lock = true;
     }
 
     /// Opens a table for reading, if nobody holds or awaits a stronger lock. The lock goes when it
     /// is dropped, so that a long scan holds nobody up.
     pub fn open_for_scan(oid: pg_sys::Oid) -> Option<Table> {
-        Self::open(oid, pg_sys::AccessShareLock as i32, false)
+        Self::open(oid, pg_sys::AccessShareLock as i32)
     }
 
-    fn open(oid: pg_sys::Oid, mode: i32, keep_lock: bool) -> Option<Table> {
+    fn open(oid: pg_sys::Oid, mode: i32) -> Option<Table> {
         // SAFETY: locks first and opens behind the lock; both answer for an OID that is gone.
         unsafe {
             if !pg_sys::ConditionalLockRelationOid(oid, mode) {
@@ -89,7 +94,7 @@ impl Table {
             Some(Table {
                 relation,
                 mode,
-                keep_lock,
+                keep_lock: false,
             })
         }
     }

@@ -48,7 +48,8 @@ pub fn enter(leaf: &Leaf) -> std::result::Result<Table, Unable> {
     if !locks::become_drainer(catalog::registered_column()?, leaf.table) {
         return Err(Unable::Busy("another session re-encrypts it".to_string()));
     }
-    let Some(table) = Table::open_for_update(leaf.table) else {
+    // One that is refused is let go: a scan may follow in this transaction.
+    let Some(mut table) = Table::open_for_update(leaf.table) else {
         return Err(Unable::Busy("it is locked".to_string()));
     };
     if !table.is_heap() {
@@ -66,5 +67,6 @@ pub fn enter(leaf: &Leaf) -> std::result::Result<Table, Unable> {
         return Err(Unable::Refused(format!("it {why}: {name}")));
     }
     cache::enter_barrier()?;
+    table.keep_lock();
     Ok(table)
 }

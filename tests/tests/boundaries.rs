@@ -344,6 +344,26 @@ fn a_truncate_in_the_middle_of_the_scan_of_a_proof_makes_it_begin_again() {
 }
 
 #[test]
+fn a_table_that_is_refused_is_not_locked_while_the_same_step_scans_for_a_proof() {
+    let cluster = without_worker();
+    let database = large_table(&cluster);
+    let mut client = database.connect();
+    client.run(
+        "CREATE TABLE filled (id int PRIMARY KEY, v text);
+         INSERT INTO filled VALUES (1, 'one');
+         SELECT rekey.encrypt_column('filled', 'v', 'sealed', 'pii');
+         CREATE RULE also AS ON UPDATE TO filled DO ALSO NOTIFY filled;
+         ALTER TABLE filled ENABLE ALWAYS RULE also;
+         SELECT rotate_key('pii')",
+    );
+    client.run("CALL rekey.reencrypt('t')");
+    drain_with(&database, "proof.chunk", |client| {
+        client.run("DROP RULE also ON filled");
+    });
+    assert_eq!(states(&mut client), ["drained", "active"]);
+}
+
+#[test]
 fn a_rewrite_in_the_middle_of_the_scan_of_a_proof_makes_it_begin_again() {
     let cluster = without_worker();
     let database = large_table(&cluster);

@@ -232,6 +232,12 @@ fn kept(
     sql: &CStr,
     args: &[DatumWithOid<'static>],
 ) -> SpiResult<Option<Rc<OwnedPreparedStatement>>> {
+    // DDL names what it makes: the same text does not come again.
+    const COMES_AGAIN: [&[u8]; 5] = [b"SELECT", b"INSERT", b"UPDATE", b"DELETE", b"WITH"];
+    let text = sql.to_bytes().trim_ascii_start();
+    if !COMES_AGAIN.iter().any(|verb| text.starts_with(verb)) {
+        return Ok(None);
+    }
     let types = args.iter().map(DatumWithOid::oid).collect::<Vec<_>>();
     let key = (sql.to_owned(), types);
     let (known, room) = KEPT.with_borrow(|kept| match kept {

@@ -166,17 +166,17 @@ pub fn window(aim: Duration) -> Duration {
 }
 
 /// The rest that is due in the middle of work that has taken so long, rests included, so that work
-/// takes the share `ratio` of the time: none before a `piece` of work is done, and none that ends
-/// after the window `within`, if there is one.
+/// takes the share `ratio` of the time: none before a `piece` of work is done, and none that is
+/// longer than the `room` that is left, if that is limited.
 #[must_use]
 pub fn rest_between(
     took: Duration,
     rested: Duration,
     ratio: f64,
     piece: Duration,
-    within: Option<Duration>,
+    room: Option<Duration>,
 ) -> Duration {
-    let room = within.map_or(LONGEST_REST, |within| within.saturating_sub(took));
+    let room = room.unwrap_or(LONGEST_REST).min(LONGEST_REST);
     let worked = took.saturating_sub(rested);
     let due = rest_after(worked, ratio).saturating_sub(rested);
     if due < rest_after(piece, ratio) {
@@ -258,8 +258,11 @@ mod tests {
 
     #[test]
     fn a_batch_that_takes_longer_than_foreseen_still_rests_and_one_of_twice_its_time_does_not() {
-        let within = Some(window(ms(25)));
-        let rest = |took, rested| rest_between(ms(took), ms(rested), 0.2, ms(1), within);
+        // Of a batch that has begun to lock rows 100 ms after its step.
+        let rest = |locked, rested| {
+            let room = window(ms(25)).saturating_sub(ms(locked));
+            rest_between(ms(100 + locked), ms(80 + rested), 0.2, ms(1), Some(room))
+        };
         assert_eq!(rest(26, 20), ms(4));
         assert_eq!(rest(47, 35), ms(3), "up to the end of the window");
         assert_eq!(rest(50, 36), ms(0));

@@ -231,6 +231,7 @@ struct Retried {
 fn retry(leaf: &Leaf, due: &[Tid], pace: &RefCell<Pace>) -> std::result::Result<Retried, Unable> {
     refuse_paused(leaf)?;
     let table = enter(leaf)?;
+    pace.borrow_mut().locked();
     let report = retry_rows(leaf, &table, due, pace)?;
     for failure in &report.failed {
         work::quarantine(leaf.table, failure)?;

@@ -125,6 +125,7 @@ impl Drainer {
         }
         let begin = Instant::now();
         let table = enter(&leaf)?;
+        self.pace.borrow_mut().locked();
         self.backfill.entered.insert(oid);
         if again {
             live::pass_again(oid, table.blocks())?;

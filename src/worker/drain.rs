@@ -100,7 +100,7 @@ impl Drainer {
             proofs_too_old: 0,
             over: None,
             ages: Ages::default(),
-            pace: RefCell::new(Pace::of_batch(None)),
+            pace: RefCell::new(Pace::of_step(None)),
         }
     }
 
@@ -137,7 +137,7 @@ impl Drainer {
     /// Does the next thing, in the caller's transaction, which it then commits.
     pub fn step(&mut self) -> Result<Step> {
         self.current = None;
-        self.pace = RefCell::new(Pace::of_batch(self.ratio()));
+        self.pace = RefCell::new(Pace::of_step(self.ratio()));
         failpoint::reach("step.begun")?;
         self.take_turns()
     }
@@ -194,7 +194,7 @@ impl Drainer {
             }
             match self.visit(leaf, &wave) {
                 Ok(Some(worked)) => return Ok(Step::Worked(worked)),
-                Ok(None) => {}
+                Ok(None) => self.pace.borrow_mut().rest(),
                 Err(Unable::Error(error)) => return Err(error),
                 Err(Unable::Paused(why)) => {
                     // resume() wakes the worker; by hand nobody waits for it.
@@ -310,6 +310,7 @@ impl Drainer {
             return Ok(Some(Worked {
                 what: format!("{}: begins", table::name(leaf.table)?),
                 table: Some(leaf.table),
+                rested: self.pace.borrow().rested(),
                 ..Worked::default()
             }));
         }
@@ -317,6 +318,7 @@ impl Drainer {
         self.pace.borrow_mut().rest();
         let begin = Instant::now();
         let table = enter(leaf)?;
+        self.pace.borrow_mut().locked();
         let pass = self.pass(&table, wave)?;
         let name = table::name(leaf.table)?;
         self.pace.borrow_mut().rest();

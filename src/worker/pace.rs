@@ -34,20 +34,22 @@ pub fn aim_ms(ratio: Option<f64>) -> u64 {
 pub struct Pace {
     ratio: Option<f64>,
     piece: Duration,
-    /// Rests that do not fit in come behind the batch: rows are locked, and the clock of the owner's
-    /// code runs.
-    within: Option<Duration>,
+    /// When the table was locked. Rests that do not fit into the window from then on come behind the
+    /// batch: rows are locked, and the clock of the owner's code runs.
+    locked_at: Option<Instant>,
+    is_scan: bool,
     begin: Instant,
     rested: Duration,
 }
 
 impl Pace {
-    /// Of a batch that begins now, with that share; None: without a rest.
-    pub fn of_batch(ratio: Option<f64>) -> Pace {
+    /// Of a step that begins now, with that share; None: without a rest.
+    pub fn of_step(ratio: Option<f64>) -> Pace {
         Pace {
             ratio,
             piece: PIECE_OF_A_BATCH,
-            within: Some(schedule::window(Duration::from_millis(aim_ms(ratio)))),
+            locked_at: None,
+            is_scan: false,
             begin: Instant::now(),
             rested: Duration::ZERO,
         }
@@ -57,16 +59,25 @@ impl Pace {
     pub fn of_scan(ratio: Option<f64>) -> Pace {
         Pace {
             piece: PIECE_OF_A_SCAN,
-            within: None,
-            ..Pace::of_batch(ratio)
+            is_scan: true,
+            ..Pace::of_step(ratio)
         }
+    }
+
+    /// The step's batch begins: its table is locked from now on.
+    pub fn locked(&mut self) {
+        self.locked_at = Some(Instant::now());
     }
 
     /// After a piece of work: rests when enough has been worked for it. A cancel gets through.
     pub fn rest(&mut self) {
         let Some(ratio) = self.ratio else { return };
         let took = self.begin.elapsed();
-        let due = schedule::rest_between(took, self.rested, ratio, self.piece, self.within);
+        let room = self.locked_at.map(|at| {
+            let window = schedule::window(Duration::from_millis(aim_ms(self.ratio)));
+            window.saturating_sub(at.elapsed())
+        });
+        let due = schedule::rest_between(took, self.rested, ratio, self.piece, room);
         if due.is_zero() {
             return;
         }
@@ -78,10 +89,10 @@ impl Pace {
                 ms => session::sleep_ms(ms),
             }
         }
-        if self.within.is_some() {
-            self.rested += begin.elapsed();
-        } else {
+        if self.is_scan {
             self.begin = Instant::now();
+        } else {
+            self.rested += begin.elapsed();
         }
     }
 

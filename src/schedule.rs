@@ -259,7 +259,7 @@ mod tests {
     #[test]
     fn a_batch_that_takes_longer_than_foreseen_still_rests_and_one_of_twice_its_time_does_not() {
         // Of a batch that has begun to lock rows 100 ms after its step.
-        let rest = |locked, rested| {
+        let rest = |locked: u64, rested: u64| {
             let room = window(ms(25)).saturating_sub(ms(locked));
             rest_between(ms(100 + locked), ms(80 + rested), 0.2, ms(1), Some(room))
         };

@@ -70,8 +70,14 @@ impl Laggards {
 
 /// Waits for `timeout` (an interval datum) at most; 55000 names those that are behind.
 pub fn wait_for_replay(timeout: pg_sys::Datum) -> Result<()> {
-    // This transaction has written: it has locked the key, after the commit of prepare_key.
-    let here = Arg::Bigint(session::flush_wal().cast_signed());
+    // What is flushed, not what is inserted: the last record may be this transaction's own, which
+    // nobody flushes while it waits. The commit of prepare_key is flushed, whatever
+    // synchronous_commit says (Audit::record_all).
+    let here = bigint(
+        "SELECT (pg_catalog.pg_current_wal_flush_lsn() - '0/0'::pg_lsn)::bigint",
+        &[],
+    )?;
+    let here = Arg::Bigint(here.unwrap_or(0));
     let limit_ms = bigint(
         "SELECT (extract(epoch FROM $1) * 1000)::bigint",
         &[Arg::Interval(Some(timeout))],

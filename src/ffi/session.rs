@@ -358,18 +358,6 @@ pub fn commit_lazily() {
     }
 }
 
-/// Has all WAL on disk, and so on its way to standbys, up to what this transaction has written last;
-/// returns its end. That includes every commit that this transaction has seen before, those with
-/// synchronous_commit = off too.
-pub fn flush_wal() -> u64 {
-    // SAFETY: a static; 0, the position of a transaction that has written nothing, is flushed.
-    unsafe {
-        let end = pg_sys::XactLastRecEnd;
-        pg_sys::XLogFlush(end);
-        end
-    }
-}
-
 /// Whether rows may be pruned that an old snapshot still sees.
 #[cfg(any(feature = "pg15", feature = "pg16"))]
 pub fn prunes_early() -> bool {

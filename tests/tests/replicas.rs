@@ -44,6 +44,20 @@ fn fill(client: &mut Client, rows: u32) {
     ));
 }
 
+/// A database whose extension belongs to a superuser who can cease to be one.
+fn owned_by_boss(cluster: &Cluster) -> (Client, String) {
+    let database = cluster.empty_database("app", "");
+    let boss = database.role("boss");
+    let mut admin = database.connect();
+    admin.run(&format!(
+        "ALTER ROLE {boss} SUPERUSER; GRANT CREATE ON SCHEMA public TO {boss}"
+    ));
+    database
+        .connect_as(&boss)
+        .run("CREATE EXTENSION pg_rekey; SELECT rekey.init_root_key()");
+    (admin, boss)
+}
+
 /// A standby by that name, which sends feedback or does not, with a root key file of its own.
 fn standby(cluster: &Cluster, name: &str, feedback: bool) -> Cluster {
     let standby = cluster.standby();
@@ -427,15 +441,7 @@ fn a_promotion_waits_for_a_preparation_with_synchronous_commit_off() {
 #[test]
 fn a_promotion_waits_for_standbys_that_the_owner_of_the_extension_may_not_see() {
     let cluster = primary();
-    let database = cluster.empty_database("app", "");
-    let boss = database.role("boss");
-    let mut admin = database.connect();
-    admin.run(&format!(
-        "ALTER ROLE {boss} SUPERUSER; GRANT CREATE ON SCHEMA public TO {boss}"
-    ));
-    database
-        .connect_as(&boss)
-        .run("CREATE EXTENSION pg_rekey; SELECT rekey.init_root_key()");
+    let (mut admin, boss) = owned_by_boss(&cluster);
     admin.run(&format!(
         "SELECT rekey.create_key('pii'); ALTER ROLE {boss} NOSUPERUSER"
     ));
@@ -605,15 +611,7 @@ fn a_standby_without_feedback_has_to_replay_the_proof_and_gets_time_for_its_quer
 #[test]
 fn a_slot_does_not_end_past_a_standby_that_the_owner_of_the_extension_may_not_see() {
     let cluster = primary();
-    let database = cluster.empty_database("app", "");
-    let boss = database.role("boss");
-    let mut client = database.connect();
-    client.run(&format!(
-        "ALTER ROLE {boss} SUPERUSER; GRANT CREATE ON SCHEMA public TO {boss}"
-    ));
-    database
-        .connect_as(&boss)
-        .run("CREATE EXTENSION pg_rekey; SELECT rekey.init_root_key()");
+    let (mut client, boss) = owned_by_boss(&cluster);
     fill(&mut client, 50);
     client.run(&format!("ALTER ROLE {boss} NOSUPERUSER"));
     let far = standby(&cluster, "far", false);

@@ -165,21 +165,31 @@ pub fn window(aim: Duration) -> Duration {
     (aim * 2).min(LONGEST_REST / 2)
 }
 
-/// The rest that is due in the middle of work that has taken so long, rests included, so that work
-/// takes the share `ratio` of the time: none before a `piece` of work is done, and none that is
-/// longer than the `room` that is left, if that is limited.
+/// The rests that are due after so much work and WAL, for the share of the time and for the WAL rate.
+fn due(facts: &Facts, limits: &Limits) -> (Duration, Duration) {
+    let worked = facts.took.saturating_sub(facts.rested);
+    let by_ratio = rest_after(worked, limits.work_ratio).saturating_sub(facts.rested);
+    let by_wal = limits.wal_rate.map_or(Duration::ZERO, |rate| {
+        let least = facts.wal_bytes.saturating_mul(1_000_000) / rate.max(1);
+        Duration::from_micros(least).saturating_sub(facts.took)
+    });
+    (by_ratio, by_wal)
+}
+
+/// The rest that is due in the middle of work, so that it keeps to both limits all along: none that
+/// is shorter than that of a `piece` of work, and none that is longer than the `room` that is left,
+/// if that is limited.
 #[must_use]
 pub fn rest_between(
-    took: Duration,
-    rested: Duration,
-    ratio: f64,
+    facts: &Facts,
+    limits: &Limits,
     piece: Duration,
     room: Option<Duration>,
 ) -> Duration {
     let room = room.unwrap_or(LONGEST_REST).min(LONGEST_REST);
-    let worked = took.saturating_sub(rested);
-    let due = rest_after(worked, ratio).saturating_sub(rested);
-    if due < rest_after(piece, ratio) {
+    let (by_ratio, by_wal) = due(facts, limits);
+    let due = by_ratio.max(by_wal);
+    if due < rest_after(piece, limits.work_ratio) {
         return Duration::ZERO;
     }
     due.min(room)
@@ -214,12 +224,7 @@ pub fn rest(facts: &Facts, limits: &Limits) -> Option<(Duration, Brake)> {
     if let Some((_, brake)) = alarms.into_iter().find(|(raised, _)| *raised) {
         return Some((LOOK_AGAIN, brake));
     }
-    let worked = facts.took.saturating_sub(facts.rested);
-    let by_ratio = rest_after(worked, limits.work_ratio).saturating_sub(facts.rested);
-    let by_wal = limits.wal_rate.map_or(Duration::ZERO, |rate| {
-        let least = facts.wal_bytes.saturating_mul(1_000_000) / rate.max(1);
-        Duration::from_micros(least).saturating_sub(facts.took)
-    });
+    let (by_ratio, by_wal) = due(facts, limits);
     match by_ratio.max(by_wal) {
         rest if rest < WORTH => None,
         rest if by_wal > by_ratio => Some((rest, Brake::WalRate)),
@@ -243,9 +248,19 @@ mod tests {
         Duration::from_millis(ms)
     }
 
+    /// After so many ms of which so many were rests, and so many kB of WAL.
+    fn spent(took: u64, rested: u64, wal_kb: u64) -> Facts {
+        Facts {
+            took: ms(took),
+            rested: ms(rested),
+            wal_bytes: wal_kb * 1000,
+            ..Facts::default()
+        }
+    }
+
     #[test]
     fn work_rests_after_each_piece_for_its_share() {
-        let rest = |took, rested| rest_between(ms(took), ms(rested), 0.2, ms(1), None);
+        let rest = |took, rested| rest_between(&spent(took, rested, 0), &LIMITS, ms(1), None);
         assert_eq!(rest(0, 0), ms(0));
         assert_eq!(rest(1, 0), ms(4));
         // What an earlier rest was too short for comes with the next one.
@@ -253,7 +268,24 @@ mod tests {
         assert_eq!(rest(5, 4), ms(0), "not before the next piece is done");
         assert_eq!(rest(6, 4), ms(4));
         assert_eq!(rest(60_000, 0), ms(1000), "so long it was no work");
-        assert_eq!(rest_between(ms(9), ms(0), 1.0, ms(1), None), ms(0));
+        let unthrottled = Limits {
+            work_ratio: 1.0,
+            ..LIMITS
+        };
+        assert_eq!(
+            rest_between(&spent(9, 0, 0), &unthrottled, ms(1), None),
+            ms(0)
+        );
+    }
+
+    #[test]
+    fn work_that_writes_much_rests_in_its_middle_as_long_as_the_wal_rate_wants() {
+        let rest =
+            |took, rested, wal| rest_between(&spent(took, rested, wal), &LIMITS, ms(1), None);
+        assert_eq!(rest(1, 0, 160), ms(9));
+        assert_eq!(rest(1, 0, 16), ms(4), "the share of the time wants more");
+        assert_eq!(rest(11, 9, 160), ms(0), "not before more is written");
+        assert_eq!(rest(11, 9, 240), ms(4));
     }
 
     #[test]
@@ -261,7 +293,8 @@ mod tests {
         // Of a batch that has begun to lock rows 100 ms after its step.
         let rest = |locked: u64, rested: u64| {
             let room = window(ms(25)).saturating_sub(ms(locked));
-            rest_between(ms(100 + locked), ms(80 + rested), 0.2, ms(1), Some(room))
+            let facts = spent(100 + locked, 80 + rested, 0);
+            rest_between(&facts, &LIMITS, ms(1), Some(room))
         };
         assert_eq!(rest(26, 20), ms(4));
         assert_eq!(rest(47, 35), ms(3), "up to the end of the window");

@@ -136,7 +136,7 @@ impl Drainer {
         if drained.is_empty() {
             return Ok(0);
         }
-        match proof::prove(leaves, &drained, self.ratio())? {
+        match proof::prove(leaves, &drained, self.limits())? {
             Verdict::Stale(_, named) => {
                 drained.retain(|slot| named.contains(&slot.id));
                 void_proofs(&drained, FOUND_AGAIN)
@@ -181,7 +181,7 @@ impl Drainer {
             Some(tries + 1)
         });
         let patience = Duration::from_secs(2 << tries.max().unwrap_or(0).min(7));
-        let answers = ending::may_go(&candidates, leaves, self.ratio(), patience)?;
+        let answers = ending::may_go(&candidates, leaves, self.limits(), patience)?;
         let mut why = None;
         let mut free = Vec::new();
         for (candidate, answer) in candidates.into_iter().zip(answers) {

@@ -153,7 +153,6 @@ impl Drainer {
         if let Some(earlier) = self.backfill.touched.remove(&oid) {
             table.reclaim(earlier);
         }
-        let ratio = self.ratio();
         let size = self.backfill.sizes.entry(oid).or_default();
         let blocks = pass.cursor
             ..table
@@ -181,7 +180,7 @@ impl Drainer {
             seen,
             u32::try_from(report.found).unwrap_or(u32::MAX),
             u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX),
-            pace::aim_ms(ratio),
+            pace::aim_ms(self.background),
         );
         if report.rewritten > 0 {
             self.backfill.touched.insert(oid, pass.cursor..next);

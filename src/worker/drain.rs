@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use pgrx::pg_sys::Oid;
 use rekey_core::envelope::SlotId;
 use rekey_core::keyring::SlotState;
-use rekey_core::schedule::BatchSize;
+use rekey_core::schedule::{BatchSize, Limits};
 
 use super::ages::Ages;
 use super::backfill::Backfill;
@@ -31,7 +31,7 @@ use crate::error::Result;
 use crate::ffi::table::{self, Table, Tid};
 use crate::ffi::{session, shared, sql};
 use crate::registry::{self, Leaf};
-use crate::{failpoint, guc, lifecycle};
+use crate::{failpoint, lifecycle};
 
 /// A table that is out of turn.
 pub(super) struct Rest {
@@ -137,7 +137,7 @@ impl Drainer {
     /// Does the next thing, in the caller's transaction, which it then commits.
     pub fn step(&mut self) -> Result<Step> {
         self.current = None;
-        self.pace = RefCell::new(Pace::of_step(self.ratio()));
+        self.pace = RefCell::new(Pace::of_step(self.limits()));
         failpoint::reach("step.begun")?;
         self.take_turns()
     }
@@ -322,7 +322,6 @@ impl Drainer {
         let pass = self.pass(&table, wave)?;
         let name = table::name(leaf.table)?;
         self.pace.borrow_mut().rest();
-        let ratio = self.ratio();
         let size = self.sizes.entry(leaf.table).or_default();
         let mut report;
         let mut seen = 0;
@@ -379,7 +378,7 @@ impl Drainer {
             seen,
             u32::try_from(report.found).unwrap_or(u32::MAX),
             u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
-            pace::aim_ms(ratio),
+            pace::aim_ms(self.background),
         );
         if report.slow {
             self.rest(leaf.table, "code of its owner takes too long", false)?;
@@ -497,8 +496,8 @@ impl Drainer {
             work::note(all, "proof", &why)?;
             return self.afterwards(leaves, troubles);
         }
-        let ratio = self.ratio().filter(|_| self.proofs_too_old == 0);
-        let verdict = proof::prove(leaves, &free, ratio)?;
+        let limits = self.limits().filter(|_| self.proofs_too_old == 0);
+        let verdict = proof::prove(leaves, &free, limits)?;
         let what = match verdict {
             Verdict::Clean(proof) => {
                 let (drained, held) = drain(&free, &proof)?;
@@ -563,9 +562,9 @@ impl Drainer {
         }))
     }
 
-    /// The share of the time to work, in the background.
-    pub(super) fn ratio(&self) -> Option<f64> {
-        self.background.then(guc::work_ratio)
+    /// What its pace keeps to, in the background.
+    pub(super) fn limits(&self) -> Option<Limits> {
+        self.background.then(throttle::limits)
     }
 
     /// What is left of a wave when some of its slots are drained needs no other pass and no other

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use pgrx::pg_sys::{self, Oid};
 use rekey_core::envelope::{CIPHERTEXT_AT, SlotId};
+use rekey_core::schedule::Limits;
 use serde_json::{Value, json};
 
 use super::pace::Pace;
@@ -99,15 +100,18 @@ pub struct Source {
 }
 
 /// Every place outside these registered columns that holds envelopes of slots of this database.
-/// With `max_age` a table at which the snapshot gets older is not read. With a ratio that share of
-/// the time is work.
-pub fn all(leaves: &[Leaf], ratio: Option<f64>, max_age: Option<Duration>) -> Result<Vec<Place>> {
+/// With `max_age` a table at which the snapshot gets older is not read.
+pub fn all(
+    leaves: &[Leaf],
+    limits: Option<Limits>,
+    max_age: Option<Duration>,
+) -> Result<Vec<Place>> {
     let sources = sources(leaves)?;
     read(
         &sources,
         &Snapshot::latest(),
         Instant::now(),
-        ratio,
+        limits,
         max_age,
     )
 }
@@ -118,14 +122,14 @@ pub fn read(
     sources: &[Source],
     snapshot: &Snapshot,
     begin: Instant,
-    ratio: Option<f64>,
+    limits: Option<Limits>,
     max_age: Option<Duration>,
 ) -> Result<Vec<Place>> {
     let mut reading = Reading {
         snapshot,
         begin,
         max_age,
-        pace: Pace::of_scan(ratio),
+        pace: Pace::of_scan(limits),
         voice: Voice::new(),
     };
     let mut places = Vec::new();

@@ -18,6 +18,7 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use rekey_core::envelope::SlotId;
+use rekey_core::schedule::Limits;
 
 use super::elsewhere;
 use super::proof::{self, Verdict, Versions};
@@ -65,7 +66,7 @@ impl Obstacle {
 pub fn may_go(
     candidates: &[Candidate],
     leaves: &[Leaf],
-    ratio: Option<f64>,
+    limits: Option<Limits>,
     patience: Duration,
 ) -> Result<Vec<Option<Obstacle>>> {
     let mut answers = Vec::new();
@@ -115,7 +116,7 @@ pub fn may_go(
     }
     // Not before: one that has ended meanwhile may have handed its snapshot on.
     let older = Older::now(begun.snapshot())?;
-    let (verdict, unseen) = begun.scan(&free(&answers), ratio, Versions::All)?;
+    let (verdict, unseen) = begun.scan(&free(&answers), limits, Versions::All)?;
     match verdict {
         Verdict::Clean(_) => {}
         Verdict::Stale(found, named) => {
@@ -169,7 +170,7 @@ pub fn may_go(
         // Registered is what was scanned: a column that has come since is looked into here.
         let max_age = guc::max_snapshot_age();
         let elsewhere =
-            elsewhere::read(&unregistered, begun.snapshot(), begun.at(), ratio, max_age)?;
+            elsewhere::read(&unregistered, begun.snapshot(), begun.at(), limits, max_age)?;
         for (candidate, answer) in candidates.iter().zip(&mut answers) {
             if candidate.destroy && answer.is_none() {
                 let places = elsewhere::of_slot(&elsewhere, candidate.slot.id);

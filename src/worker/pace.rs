@@ -8,9 +8,9 @@
 
 use std::time::{Duration, Instant};
 
-use rekey_core::schedule;
+use rekey_core::schedule::{self, Facts, Limits};
 
-use crate::ffi::session;
+use crate::ffi::{background, session};
 use crate::guc;
 
 /// So much work at least is done between two rests: a rest has its price too. On two cores whoever
@@ -22,45 +22,49 @@ const PIECE_OF_A_SCAN: Duration = Duration::from_millis(20);
 /// The time that a batch is to take, in ms. By hand it is rekey.batch_target. The worker, which rests
 /// inside a batch and whose commit costs next to nothing, aims at a quarter: a batch that turns out
 /// longer than foreseen still keeps to it, and few writers meet a row that is locked.
-pub fn aim_ms(ratio: Option<f64>) -> u64 {
+pub fn aim_ms(in_background: bool) -> u64 {
     let target = guc::batch_target_ms();
-    match ratio {
-        Some(_) => (target / 4).max(1),
-        None => target,
+    if in_background {
+        (target / 4).max(1)
+    } else {
+        target
     }
 }
 
-/// Works a share of the time.
+/// Works a share of the time, and writes a share of the WAL.
 pub struct Pace {
-    ratio: Option<f64>,
+    /// None: by hand, without a rest.
+    limits: Option<Limits>,
     piece: Duration,
     /// When the table was locked. Rests that do not fit into the window from then on come behind the
     /// batch: rows are locked, and the clock of the owner's code runs.
     locked_at: Option<Instant>,
     is_scan: bool,
     begin: Instant,
+    wal: u64,
     rested: Duration,
 }
 
 impl Pace {
-    /// Of a step that begins now, with that share; None: without a rest.
-    pub fn of_step(ratio: Option<f64>) -> Pace {
+    /// Of a step that begins now, within these limits; None: without a rest.
+    pub fn of_step(limits: Option<Limits>) -> Pace {
         Pace {
-            ratio,
+            limits,
             piece: PIECE_OF_A_BATCH,
             locked_at: None,
             is_scan: false,
             begin: Instant::now(),
+            wal: background::wal_written(),
             rested: Duration::ZERO,
         }
     }
 
     /// Of a scan that begins now.
-    pub fn of_scan(ratio: Option<f64>) -> Pace {
+    pub fn of_scan(limits: Option<Limits>) -> Pace {
         Pace {
             piece: PIECE_OF_A_SCAN,
             is_scan: true,
-            ..Pace::of_step(ratio)
+            ..Pace::of_step(limits)
         }
     }
 
@@ -69,15 +73,21 @@ impl Pace {
         self.locked_at = Some(Instant::now());
     }
 
-    /// After a piece of work: rests when enough has been worked for it. A cancel gets through.
+    /// After a piece of work: rests when enough has been worked or written for it. A cancel gets
+    /// through.
     pub fn rest(&mut self) {
-        let Some(ratio) = self.ratio else { return };
-        let took = self.begin.elapsed();
+        let Some(limits) = &self.limits else { return };
+        let facts = Facts {
+            took: self.begin.elapsed(),
+            rested: self.rested,
+            wal_bytes: background::wal_written() - self.wal,
+            ..Facts::default()
+        };
         let room = self.locked_at.map(|at| {
-            let window = schedule::window(Duration::from_millis(aim_ms(self.ratio)));
+            let window = schedule::window(Duration::from_millis(aim_ms(true)));
             window.saturating_sub(at.elapsed())
         });
-        let due = schedule::rest_between(took, self.rested, ratio, self.piece, room);
+        let due = schedule::rest_between(&facts, limits, self.piece, room);
         if due.is_zero() {
             return;
         }
@@ -91,6 +101,7 @@ impl Pace {
         }
         if self.is_scan {
             self.begin = Instant::now();
+            self.wal = background::wal_written();
         } else {
             self.rested += begin.elapsed();
         }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use pgrx::pg_sys::Oid;
 use rekey_core::envelope::SlotId;
+use rekey_core::schedule::Limits;
 use serde_json::{Value, json};
 
 use super::pace::Pace;
@@ -97,9 +98,9 @@ pub fn begin(leaves: &[Leaf]) -> Result<std::result::Result<Begun<'_>, Verdict>>
 }
 
 /// Scans all leaves for values of `slots` that are committed now.
-pub fn prove(leaves: &[Leaf], slots: &[SlotRow], ratio: Option<f64>) -> Result<Verdict> {
+pub fn prove(leaves: &[Leaf], slots: &[SlotRow], limits: Option<Limits>) -> Result<Verdict> {
     match begin(leaves)? {
-        Ok(begun) => Ok(begun.scan(slots, ratio, Versions::Seen)?.0),
+        Ok(begun) => Ok(begun.scan(slots, limits, Versions::Seen)?.0),
         Err(verdict) => Ok(verdict),
     }
 }
@@ -115,13 +116,13 @@ impl Begun<'_> {
         self.at
     }
 
-    /// Scans all leaves for values of `slots`, for as long as rekey.max_snapshot_age allows; with a
-    /// ratio it works that share of the time. Also says which slots are named only by row versions
-    /// that the snapshot does not see: of these slots the verdict says nothing.
+    /// Scans all leaves for values of `slots`, for as long as rekey.max_snapshot_age allows, and
+    /// within `limits`. Also says which slots are named only by row versions that the snapshot does
+    /// not see: of these slots the verdict says nothing.
     pub fn scan(
         &self,
         slots: &[SlotRow],
-        ratio: Option<f64>,
+        limits: Option<Limits>,
         versions: Versions,
     ) -> Result<(Verdict, HashSet<SlotId>)> {
         let mut scan = Scan {
@@ -131,7 +132,7 @@ impl Begun<'_> {
             named: HashSet::new(),
             unseen: HashSet::new(),
             max_age: guc::max_snapshot_age(),
-            pace: Pace::of_scan(ratio),
+            pace: Pace::of_scan(limits),
             voice: Voice::new(),
         };
         let verdict = scan.run()?;

@@ -225,20 +225,58 @@ fn a_standby_that_lags_if_it_is_one_that_counts() {
     goes_on(&mut client);
 }
 
+/// The worker has rows of its own and waits for nothing but its latch.
+const RESTS_IN_A_BATCH: &str = "SELECT count(*) FROM pg_stat_activity \
+    WHERE backend_type = 'pg_rekey worker' AND backend_xid IS NOT NULL \
+      AND wait_event = 'Extension'";
+
 #[test]
 fn a_batch_rests_between_its_rows_too() {
     let cluster = Cluster::start(options());
     let mut client = prepare(&cluster);
     set(&cluster, &mut client, "rekey.work_ratio = 0.01");
     client.run("SELECT rotate_key('pii')");
-    // It has rows of its own and waits for nothing but its latch.
-    let rests = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'pg_rekey worker' \
-                    AND backend_xid IS NOT NULL AND wait_event = 'Extension'";
     wait_until("it rests in the middle of a batch", || {
-        client.number(rests) == 1
+        client.number(RESTS_IN_A_BATCH) == 1
     });
     set(&cluster, &mut client, "rekey.work_ratio = 1");
     goes_on(&mut client);
+}
+
+#[test]
+fn a_batch_rests_in_its_middle_for_the_pace_of_wal_too() {
+    // A batch may last so long that it is seen to rest, and its share of the time makes no rest.
+    let cluster = Cluster::start(options().set("rekey.batch_target = 10s"));
+    let mut client = prepare(&cluster);
+    set(&cluster, &mut client, "rekey.max_wal_rate = '100kB'");
+    client.run("SELECT rotate_key('pii')");
+    wait_until("it rests in the middle of a batch", || {
+        client.number(RESTS_IN_A_BATCH) == 1
+    });
+    set(&cluster, &mut client, "rekey.max_wal_rate = 0");
+    goes_on(&mut client);
+}
+
+#[test]
+fn a_batch_whose_rows_take_long_does_not_rest_on_them() {
+    let cluster = Cluster::start(options());
+    let mut client = prepare(&cluster);
+    // A number that was taken stays taken when a try is undone: rests of a second for each row would
+    // use up the five seconds of a try, and it would be made again.
+    client.run(
+        "DELETE FROM t WHERE id > 20;
+         CREATE SEQUENCE calls;
+         CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN PERFORM nextval('public.calls'), pg_sleep(0.05); RETURN NEW; END $$;
+         CREATE TRIGGER slow BEFORE UPDATE ON t FOR EACH ROW EXECUTE FUNCTION slow();
+         ALTER TABLE t ENABLE ALWAYS TRIGGER slow",
+    );
+    set(&cluster, &mut client, "rekey.work_ratio = 0.01");
+    client.run("SELECT rotate_key('pii')");
+    wait_until("the rows are re-encrypted", || {
+        client.number("SELECT count(*) FROM t WHERE rekey.is_stale(c)") == 0
+    });
+    assert_eq!(client.number("SELECT last_value FROM calls"), 20);
 }
 
 #[test]

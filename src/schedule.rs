@@ -397,14 +397,18 @@ mod tests {
             rest(&facts(100, 75), &LIMITS),
             Some((Duration::from_millis(25), Brake::WorkRatio))
         );
-        let written = Facts {
-            wal_bytes: 3_200_000,
-            ..facts(100, 80)
-        };
-        assert_eq!(
-            rest(&written, &LIMITS),
-            Some((Duration::from_millis(100), Brake::WalRate))
-        );
+        // A scan that has rested for its share of the time still owes what it wrote, less its time.
+        for rested in [80, 100] {
+            let written = Facts {
+                wal_bytes: 3_200_000,
+                ..facts(100, rested)
+            };
+            assert_eq!(
+                rest(&written, &LIMITS),
+                Some((Duration::from_millis(100), Brake::WalRate))
+            );
+        }
+        assert_eq!(rest(&facts(100, 100), &LIMITS), None);
     }
 
     #[test]

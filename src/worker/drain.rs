@@ -104,7 +104,7 @@ impl Drainer {
         }
     }
 
-    /// As the worker does it: at the pace of rekey.work_ratio, and it also rotates keys that have
+    /// As the worker does it: at the pace of the settings, and it also rotates keys that have
     /// passed their longest life.
     pub fn in_background(mut self) -> Drainer {
         self.background = true;

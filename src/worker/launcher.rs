@@ -223,9 +223,9 @@ fn visit() {
                 failures = 0;
                 background::report(&worked.what);
                 let facts = Facts {
-                    // The scan of a proof has rested already.
-                    took: worked.table.map_or(Duration::ZERO, |_| took),
-                    rested: worked.rested,
+                    took,
+                    // The scan of a proof has rested already, but not for what it wrote.
+                    rested: worked.table.map_or(took, |_| worked.rested),
                     wal_bytes: background::wal_written() - wal,
                     ..Facts::default()
                 };

@@ -16,7 +16,7 @@ use crate::guc;
 /// So much work at least is done between two rests: a rest has its price too. On two cores whoever
 /// wakes up beside a piece of 1 ms waits for its end; of 100 µs nothing more was gained.
 const PIECE_OF_A_BATCH: Duration = Duration::from_micros(250);
-/// A scan writes nothing.
+/// A scan hardly writes.
 const PIECE_OF_A_SCAN: Duration = Duration::from_millis(20);
 
 /// The time that a batch is to take, in ms. By hand it is rekey.batch_target. The worker, which rests
@@ -59,8 +59,13 @@ impl Pace {
         }
     }
 
-    /// Of a scan that begins now.
+    /// Of a scan that begins now. What it writes, hints and images of pages, is rested for behind it,
+    /// when its snapshot holds back no vacuum any more.
     pub fn of_scan(limits: Option<Limits>) -> Pace {
+        let limits = limits.map(|limits| Limits {
+            wal_rate: None,
+            ..limits
+        });
         Pace {
             piece: PIECE_OF_A_SCAN,
             is_scan: true,
@@ -101,7 +106,6 @@ impl Pace {
         }
         if self.is_scan {
             self.begin = Instant::now();
-            self.wal = background::wal_written();
         } else {
             self.rested += begin.elapsed();
         }

@@ -1286,6 +1286,8 @@ fn a_worker_that_dies_at_a_table_that_fails_or_that_nobody_has_woken() {
     stands(&mut client);
     let died = "workers have died at it, 1 times";
     reported(&mut client, "warning", table, died);
+    // And so does the third: until it goes on, the second one's end is the last that is known.
+    cluster.arm("step.begun", "wait");
     client.run(&terminate);
     let failed = "the worker has failed 1 times in a row";
     wait_until("the launcher has heard of it", || {
@@ -1324,7 +1326,12 @@ fn a_worker_that_dies_at_a_table_that_fails_or_that_nobody_has_woken() {
           WHERE state = 'drained';
          ALTER TABLE rekey.key_slot ENABLE TRIGGER ALL",
     );
-    mended(&mut client, "warning", worker, "no worker is at it");
+    // The launcher takes leave of it a moment later than the process list.
+    let nobody = "no worker is at it";
+    wait_until("the launcher has taken leave of the worker", || {
+        find(&mut client, worker, nobody).is_some()
+    });
+    mended(&mut client, "warning", worker, nobody);
     assert_eq!(client.number(drained), 2);
 }
 

@@ -119,9 +119,13 @@ fn promotion_waits_for_a_standby_or_says_that_it_did_not() {
     client.run("ROLLBACK");
     let standby = primary.standby();
     let mut replica = standby.connect("app");
+    // It takes queries before it streams, and who does not stream is not waited for.
+    wait_until("the standby streams", || {
+        client.number("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'") == 1
+    });
     let pending = client.number(PREPARE);
     let promoted = client.number(
-        "SELECT rekey.promote_key('pii', wait_for_standbys => true, wait_timeout => '10 s')",
+        "SELECT rekey.promote_key('pii', wait_for_standbys => true, wait_timeout => '60 s')",
     );
     assert_eq!(promoted, pending);
     let known = format!("SELECT count(*) FROM rekey.slots WHERE slot_id = {pending}");
@@ -147,7 +151,7 @@ fn promotion_waits_for_a_standby_or_says_that_it_did_not() {
     );
     replica.run("SELECT pg_wal_replay_resume()");
     let promoted = client.number(
-        "SELECT rekey.promote_key('pii', wait_for_standbys => true, wait_timeout => '10 s')",
+        "SELECT rekey.promote_key('pii', wait_for_standbys => true, wait_timeout => '60 s')",
     );
     assert_eq!(promoted, next);
 }

@@ -317,6 +317,16 @@ fn a_standby_promoted_in_the_middle_of_a_root_rotation_goes_on() {
     goes_on(&late);
 }
 
+/// Waits until the primary has heard that the standby has replayed everything.
+fn heard(client: &mut Client, standby: &str) {
+    wait_until("the primary has heard that it is replayed", || {
+        client.truth(&format!(
+            "SELECT coalesce(bool_and(replay_lsn >= pg_current_wal_flush_lsn()), false)
+               FROM pg_stat_replication WHERE application_name = '{standby}'"
+        ))
+    });
+}
+
 #[test]
 fn a_promotion_of_a_slot_waits_for_the_laggard_and_names_it() {
     let cluster = primary();
@@ -327,7 +337,7 @@ fn a_promotion_of_a_slot_waits_for_the_laggard_and_names_it() {
     pause_replay(&mut laggard);
     let before = client.number("SELECT active_slot FROM rekey.keys");
     let pending = client.number("SELECT rekey.prepare_key('pii')");
-    replayed(&mut client, &mut near.connect("app"));
+    heard(&mut client, "near");
     let promote = |limit: &str| {
         format!(
             "SELECT rekey.promote_key('pii', wait_for_standbys => true, wait_timeout => '{limit}')"
@@ -416,12 +426,7 @@ fn a_promotion_waits_for_a_preparation_with_synchronous_commit_off() {
     let far = standby(&cluster, "far", false);
     let mut laggard = far.connect("app");
     set(&cluster, &mut client, "wal_writer_delay = '10s'");
-    wait_until("the primary has heard that it is replayed", || {
-        client.truth(
-            "SELECT coalesce(bool_and(replay_lsn >= pg_current_wal_flush_lsn()), false)
-               FROM pg_stat_replication",
-        )
-    });
+    heard(&mut client, "far");
     pause_replay(&mut laggard);
     client.run("SET synchronous_commit = off");
     let pending = client.number("SELECT rekey.prepare_key('pii')");

@@ -423,14 +423,14 @@ fn a_killed_command_restarts_no_server_that_is_process_1_of_a_container() {
     drop(warm);
     served
         .cluster
-        .append("rekey.root_key_command_timeout = '300ms'");
+        .append("rekey.root_key_command_timeout = '2s'");
     served.cluster.stop("fast");
     served.cluster.boot_as_process_one();
     wait_until("nothing of it is left", || !runs("7205"));
     served.provide(&served.printing());
     assert_eq!(served.connect().text(OPEN), "one");
     let log = served.cluster.log();
-    assert!(log.contains("killed after 300 ms"), "{log}");
+    assert!(log.contains("killed after 2000 ms"), "{log}");
     assert!(!log.contains("any other active server processes"), "{log}");
 }
 

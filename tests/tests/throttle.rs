@@ -232,7 +232,8 @@ const RESTS_IN_A_BATCH: &str = "SELECT count(*) FROM pg_stat_activity \
 
 #[test]
 fn a_batch_rests_between_its_rows_too() {
-    let cluster = Cluster::start(options());
+    // A batch may last so long that it is seen to rest.
+    let cluster = Cluster::start(options().set("rekey.batch_target = 10s"));
     let mut client = prepare(&cluster);
     set(&cluster, &mut client, "rekey.work_ratio = 0.01");
     client.run("SELECT rotate_key('pii')");
@@ -245,7 +246,7 @@ fn a_batch_rests_between_its_rows_too() {
 
 #[test]
 fn a_batch_rests_in_its_middle_for_the_pace_of_wal_too() {
-    // A batch may last so long that it is seen to rest, and its share of the time makes no rest.
+    // As above; its share of the time makes no rest.
     let cluster = Cluster::start(options().set("rekey.batch_target = 10s"));
     let mut client = prepare(&cluster);
     set(&cluster, &mut client, "rekey.max_wal_rate = '100kB'");

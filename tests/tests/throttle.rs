@@ -225,37 +225,32 @@ fn a_standby_that_lags_if_it_is_one_that_counts() {
     goes_on(&mut client);
 }
 
-/// The worker has rows of its own and waits for nothing but its latch.
-const RESTS_IN_A_BATCH: &str = "SELECT count(*) FROM pg_stat_activity \
-    WHERE backend_type = 'pg_rekey worker' AND backend_xid IS NOT NULL \
-      AND wait_event = 'Extension'";
-
-#[test]
-fn a_batch_rests_between_its_rows_too() {
-    // A batch may last so long that it is seen to rest.
-    let cluster = Cluster::start(options().set("rekey.batch_target = 10s"));
+/// Under this setting, the only one that makes it rest, the worker is seen to have rows of its own
+/// and to wait for nothing but its latch.
+fn rests_in_the_middle_of_a_batch(setting: &str, value: &str) {
+    // A batch may last so long that it is seen.
+    let options = options().set("rekey.batch_target = 10s");
+    let cluster = Cluster::start(options.set("rekey.max_wal_rate = 0"));
     let mut client = prepare(&cluster);
-    set(&cluster, &mut client, "rekey.work_ratio = 0.01");
+    set(&cluster, &mut client, &format!("{setting} = '{value}'"));
     client.run("SELECT rotate_key('pii')");
+    let rests = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'pg_rekey worker' \
+                    AND backend_xid IS NOT NULL AND wait_event = 'Extension'";
     wait_until("it rests in the middle of a batch", || {
-        client.number(RESTS_IN_A_BATCH) == 1
+        client.number(rests) == 1
     });
-    set(&cluster, &mut client, "rekey.work_ratio = 1");
+    reset(&cluster, &mut client, setting);
     goes_on(&mut client);
 }
 
 #[test]
+fn a_batch_rests_between_its_rows_too() {
+    rests_in_the_middle_of_a_batch("rekey.work_ratio", "0.01");
+}
+
+#[test]
 fn a_batch_rests_in_its_middle_for_the_pace_of_wal_too() {
-    // As above; its share of the time makes no rest.
-    let cluster = Cluster::start(options().set("rekey.batch_target = 10s"));
-    let mut client = prepare(&cluster);
-    set(&cluster, &mut client, "rekey.max_wal_rate = '100kB'");
-    client.run("SELECT rotate_key('pii')");
-    wait_until("it rests in the middle of a batch", || {
-        client.number(RESTS_IN_A_BATCH) == 1
-    });
-    set(&cluster, &mut client, "rekey.max_wal_rate = 0");
-    goes_on(&mut client);
+    rests_in_the_middle_of_a_batch("rekey.max_wal_rate", "100kB");
 }
 
 #[test]
